@@ -1,0 +1,1 @@
+"""The only package that imports agentao: how agents are built, heard, stopped and confined."""

@@ -1,0 +1,296 @@
+"""Between one Agentao and the turn it runs: events out by allow-list, questions answered no.
+
+A bridge is made before its agent and stays its transport for ever: agentao captures the transport
+at construction (notes: "never assign agent.transport"). What turn it serves changes inside.
+"""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import itertools
+import logging
+import typing as t
+
+from agentao.cancellation import AgentCancelledError
+from agentao.cancellation import CancellationToken
+from agentao.transport.confirmation import APPROVAL_UNAVAILABLE
+from agentao.transport.confirmation import record_decline
+
+from agentao_web.core.log import Draft
+from agentao_web.core.turn import Outcome
+from agentao_web.core.turn import State
+from agentao_web.core.turn import TurnRequest
+
+#: Bounds of what one event may carry, in characters.
+RESULT_LIMIT: t.Final = 4096
+TEXT_LIMIT: t.Final = 16_384
+_DEPTH_LIMIT: t.Final = 6
+_ITEMS_LIMIT: t.Final = 64
+
+#: Agentao's words for a turn without a whole answer that are shown as they are.
+_INCOMPLETE: t.Final = frozenset(
+    {"no_output", "reasoning_only", "length_truncated", "doom_loop", "max_iterations"}
+)
+#: Events after which the past of a history may have been rewritten.
+_REWRITES: t.Final = frozenset({"context_compressed", "compaction_settled", "images_removed"})
+_NOT_AVAILABLE: t.Final = "[ask_user: not available: nobody can answer questions here]"
+_NO_ANSWER: t.Final = "[No answer: the model could not be reached.]"
+
+Data = cabc.Mapping[str, t.Any]
+
+
+class Stage(t.Protocol):
+    """The turn an agent runs, as far as a bridge sees it."""
+
+    turn_id: str
+
+    def publish(self, draft: Draft) -> None: ...
+    def on_stop(self, callback: cabc.Callable[[str], None]) -> None: ...
+
+
+class Bridge:
+    """agentao's CoreTransport (agentao/transport/base.py) for one session."""
+
+    def __init__(self, workspace: str, *, thinking: bool) -> None:
+        self.rewritten = False
+        """The history was rewritten since this was last set to False."""
+        self._workspace = workspace
+        self._thinking = thinking
+        self._stage: Stage | None = None
+        self._usage: dict[str, int] = {}
+        self._calls: dict[str, str] = {}
+        self._numbers = itertools.count(1)
+
+    def attach(self, stage: Stage) -> None:
+        """From now on events go to *stage*."""
+        self._usage, self._calls = {}, {}
+        self._numbers = itertools.count(1)
+        self._stage = stage
+
+    def detach(self) -> dict[str, int]:
+        """Events go nowhere; returns what the turn used."""
+        self._stage = None
+        return self._usage
+
+    # -- agentao.transport.base.CoreTransport --------------------------------------------------
+
+    def emit(self, event: t.Any) -> None:
+        """Send *event* on if it is on the list, and only its listed fields."""
+        stage = self._stage
+        kind = str(getattr(event.type, "value", event.type))
+        if kind in _REWRITES:
+            self.rewritten = True
+        shape = _SHAPES.get(kind)
+        if stage is None or shape is None:
+            return
+        for draft in shape(self, event.data):
+            stage.publish(draft)
+
+    def confirm_tool(self, tool_name: str, description: str, args: dict[str, t.Any]) -> bool:
+        """Nobody can approve anything yet, and the model is told so."""
+        record_decline(APPROVAL_UNAVAILABLE)
+        return False
+
+    def ask_user(self, question: str, **hints: t.Any) -> str:
+        """Nobody can answer yet."""
+        return _NOT_AVAILABLE
+
+    def on_max_iterations(self, count: int, messages: list[t.Any]) -> dict[str, t.Any]:
+        """The step limit is a limit."""
+        return {"action": "stop"}
+
+    # -- what leaves the server ----------------------------------------------------------------
+
+    def text(self, value: t.Any, limit: int | None = None) -> str:
+        """*value* as text that can be sent: encodable, workspace paths relative, bounded."""
+        text = value if isinstance(value, str) else str(value)
+        if self._workspace in text:
+            text = text.replace(self._workspace + "/", "").replace(self._workspace, ".")
+        if not text.isascii():
+            text = text.encode("utf-8", "replace").decode("utf-8")
+        return text if limit is None or len(text) <= limit else text[:limit]
+
+    def plain(self, value: t.Any, depth: int = 0) -> t.Any:
+        """*value* as bounded JSON: what is no JSON becomes text."""
+        if value is None or isinstance(value, bool | int):
+            return value
+        if isinstance(value, float):
+            return value if abs(value) < float("inf") else str(value)
+        if isinstance(value, cabc.Mapping) and depth < _DEPTH_LIMIT:
+            items = itertools.islice(value.items(), _ITEMS_LIMIT)
+            return {self.text(k, 256): self.plain(v, depth + 1) for k, v in items}
+        if isinstance(value, list | tuple) and depth < _DEPTH_LIMIT:
+            return [self.plain(v, depth + 1) for v in value[:_ITEMS_LIMIT]]
+        return self.text(value, RESULT_LIMIT)
+
+    def call_id(self, theirs: t.Any, *, fresh: bool = False) -> str:
+        """Our id of a tool call: providers repeat theirs from turn to turn."""
+        key = str(theirs)
+        if fresh or key not in self._calls:
+            turn = self._stage.turn_id[:8] if self._stage is not None else ""
+            self._calls[key] = f"{turn}.{next(self._numbers)}"
+        return self._calls[key]
+
+    def _pieces(self, kind: str, field: str, value: t.Any, **more: t.Any) -> cabc.Iterator[Draft]:
+        """Text of any length as events of bounded length; none of it is lost."""
+        text = self.text(value)
+        for start in range(0, len(text), TEXT_LIMIT):
+            yield Draft(kind, {**more, field: text[start : start + TEXT_LIMIT]})
+
+    def _llm_text(self, data: Data) -> cabc.Iterator[Draft]:
+        return self._pieces("llm_text", "chunk", data.get("chunk", ""))
+
+    def _think(self, data: Data) -> cabc.Iterator[Draft]:
+        if self._thinking:
+            yield from self._pieces("thinking", "text", data.get("text", ""))
+
+    def _call_completed(self, data: Data) -> cabc.Iterator[Draft]:
+        used = {name: data[name] for name in _USAGE if isinstance(data.get(name), int)}
+        for name, amount in used.items():
+            self._usage[name] = self._usage.get(name, 0) + amount
+        if used:
+            yield Draft("usage", used)
+
+    def _retry(self, data: Data) -> cabc.Iterator[Draft]:
+        fields = {k: self.plain(data.get(k)) for k in ("retry", "max_retries", "delay_s")}
+        yield Draft("llm_retry", {**fields, "reason": self.text(data.get("reason", ""), 64)})
+
+    def _tool_start(self, data: Data) -> cabc.Iterator[Draft]:
+        fields = self._tool(data, fresh=True)
+        yield Draft("tool_start", {**fields, "args": self.plain(data.get("args", {}))})
+
+    def _tool_output(self, data: Data) -> cabc.Iterator[Draft]:
+        return self._pieces("tool_output", "chunk", data.get("chunk", ""), **self._tool(data))
+
+    def _tool_complete(self, data: Data) -> cabc.Iterator[Draft]:
+        status = {"status": str(data.get("status")), "duration_ms": data.get("duration_ms")}
+        yield Draft("tool_complete", {**self._tool(data), **status})
+
+    def _tool_result(self, data: Data) -> cabc.Iterator[Draft]:
+        content = self.text(data.get("content", ""))
+        fields = {"content": content[:RESULT_LIMIT], "truncated": len(content) > RESULT_LIMIT}
+        yield Draft("tool_result", {**self._tool(data), **fields})
+
+    def _tool(self, data: Data, *, fresh: bool = False) -> dict[str, t.Any]:
+        call_id = self.call_id(data.get("call_id"), fresh=fresh)
+        return {"call_id": call_id, "tool": self.text(data.get("tool", ""), 128)}
+
+    def _compressed(self, data: Data) -> cabc.Iterator[Draft]:
+        names = ("type", "reason", "pre_msgs", "post_msgs", "pre_est_tokens", "post_est_tokens")
+        yield self._listed("context_compressed", data, (*names, "duration_ms"))
+
+    def _agent_start(self, data: Data) -> cabc.Iterator[Draft]:
+        yield self._listed("agent_start", data, ("agent", "task", "max_turns", "child_task_id"))
+
+    def _agent_end(self, data: Data) -> cabc.Iterator[Draft]:
+        names = ("agent", "state", "turns", "tool_calls", "tokens", "duration_ms", "child_task_id")
+        yield self._listed("agent_end", data, names)
+
+    def _listed(self, kind: str, data: Data, names: cabc.Iterable[str]) -> Draft:
+        return Draft(kind, {k: self.plain(data[k]) for k in names if k in data})
+
+
+_USAGE: t.Final = (
+    "prompt_tokens",
+    "completion_tokens",
+    "cache_read_tokens",
+    "cache_creation_tokens",
+    "reasoning_tokens",
+)
+
+#: The allow-list: agentao's event type -> what a client sees of it. All else stays here.
+_SHAPES: t.Final[dict[str, cabc.Callable[[Bridge, Data], cabc.Iterator[Draft]]]] = {
+    "llm_text": Bridge._llm_text,
+    "thinking": Bridge._think,
+    "llm_call_completed": Bridge._call_completed,
+    "llm_retry": Bridge._retry,
+    "tool_start": Bridge._tool_start,
+    "tool_output": Bridge._tool_output,
+    "tool_complete": Bridge._tool_complete,
+    "tool_result": Bridge._tool_result,
+    "context_compressed": Bridge._compressed,
+    "agent_start": Bridge._agent_start,
+    "agent_end": Bridge._agent_end,
+}
+
+
+class AgentaoAgent:
+    """An Agentao (or something shaped like one) as the runner wants an agent."""
+
+    def __init__(
+        self,
+        agent: t.Any,
+        bridge: Bridge,
+        *,
+        max_steps: int,
+        close: cabc.Callable[[t.Any], None],
+        log: logging.Logger,
+    ) -> None:
+        self._agent = agent
+        self._bridge = bridge
+        self._max_steps = max_steps
+        self._close = close
+        self._log = log
+        # The very objects: a compaction replaces them, and that has to be seen.
+        self._kept: list[t.Any] = list(agent.messages)
+
+    def run(self, request: TurnRequest, stage: Stage) -> Outcome:
+        """One ``agent.chat()``; see agentao_web.runner.Agent."""
+        token = CancellationToken()
+        self._bridge.attach(stage)
+        stage.on_stop(token.cancel)
+        images = [dict(image) for image in request.images] or None
+        try:
+            self._agent.chat(
+                request.message,
+                max_iterations=self._max_steps,
+                cancellation_token=token,
+                images=images,
+            )
+        except AgentCancelledError:
+            pass  # The outcome says so.
+        finally:
+            usage = self._bridge.detach()
+        return self._outcome(usage)
+
+    def _outcome(self, usage: dict[str, int]) -> Outcome:
+        """What ``agent.last_turn`` says, never the text (notes, section 2)."""
+        last = self._agent.last_turn
+        counts = {"usage": usage, "tool_count": last.tool_count}
+        reason = last.incomplete_reason
+        if reason == "llm_error":
+            self._hide_provider_text()
+            return Outcome(State.FAILED, "llm_unavailable", **counts)
+        if last.status != "ok":
+            # Cancelled from within, by nobody who asked us: the runner's reason wins if it has one.
+            return Outcome(State.INCOMPLETE, "cancelled", **counts)
+        if reason is not None:
+            known = reason if reason in _INCOMPLETE else "incomplete"
+            return Outcome(State.INCOMPLETE, known, **counts)
+        if getattr(last, "finish_reason_missing", False):
+            return Outcome(State.INCOMPLETE, "stream_cut", **counts)
+        reply = self._bridge.text(last.text or "")
+        return Outcome(State.COMPLETED, None, reply, **counts)
+
+    def _hide_provider_text(self) -> None:
+        """The provider's raw words, which may hold a key fragment, are not for the history."""
+        messages = self._agent.messages
+        if messages and messages[-1].get("role") == "assistant":
+            messages[-1] = {"role": "assistant", "content": _NO_ANSWER}
+
+    def unsaved(self) -> tuple[list[dict[str, t.Any]], bool]:
+        """See agentao_web.runner.Agent."""
+        messages, kept = self._agent.messages, self._kept
+        same = len(messages) >= len(kept) and all(a is b for a, b in zip(messages, kept))  # noqa: B905
+        if self._bridge.rewritten or not same:
+            return list(messages), True
+        return messages[len(kept) :], False
+
+    def saved(self) -> None:
+        """See agentao_web.runner.Agent."""
+        self._kept = list(self._agent.messages)
+        self._bridge.rewritten = False
+
+    def close(self) -> None:
+        """See agentao_web.runner.Agent."""
+        self._close(self._agent)

@@ -1,0 +1,176 @@
+"""Builds the agents of one application: which model, which folder, which transport."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import dataclasses
+import logging
+import os
+import threading
+import typing as t
+from pathlib import Path
+
+from agentao.embedding.factory import discover_llm_kwargs
+
+from agentao_web.agents import guards
+from agentao_web.agents import llm
+from agentao_web.agents.bridge import AgentaoAgent
+from agentao_web.agents.bridge import Bridge
+from agentao_web.agents.build import build_agent
+from agentao_web.agents.build import close_agent
+from agentao_web.agents.llm import ModelPool
+from agentao_web.agents.workspaces import Workspaces
+from agentao_web.core.names import Principal
+from agentao_web.core.names import SessionKey
+from agentao_web.demo import DemoModel
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionInfo:
+    """What a host's own ``agents(principal, session, transport)`` is told of the session."""
+
+    id: str
+    workspace: Path
+    """A folder that exists."""
+    history: list[dict[str, t.Any]]
+    """What was said before; the agent's ``messages`` have to begin with these."""
+
+
+Factory = cabc.Callable[[Principal, SessionInfo, t.Any], t.Any]
+
+
+class Options(t.Protocol):
+    """The settings this room reads (agentao_web.config.Settings)."""
+
+    @property
+    def root(self) -> Path: ...
+    @property
+    def workspace(self) -> str: ...
+    @property
+    def policy(self) -> str: ...
+    @property
+    def thinking(self) -> bool: ...
+    @property
+    def demo(self) -> bool: ...
+    @property
+    def max_steps(self) -> int: ...
+    @property
+    def llm_read_timeout(self) -> float: ...
+    @property
+    def llm_call_timeout(self) -> float: ...
+    @property
+    def llm_attempts(self) -> int: ...
+
+
+class AgentaoAgents:
+    """Builds the agents of one application (agentao_web.runner.Agents).
+
+    Raises RuntimeError at once if there is neither a model nor a host's own *factory*.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        factory: Factory | None = None,
+        environ: cabc.Mapping[str, str] = os.environ,
+        log: logging.Logger,
+    ) -> None:
+        guards.check_agentao()
+        llm.check_agentao()
+        self.workspaces = Workspaces(options.root, options.workspace)
+        self._options = options
+        self._factory = factory
+        self._log = log
+        self._lock = threading.Lock()
+        self._models: ModelPool | None = None
+        self._llm: dict[str, t.Any] = {}
+        if factory is None and not options.demo:
+            self._llm = _model(environ)
+
+    def build(self, key: SessionKey, history: list[dict[str, t.Any]]) -> AgentaoAgent:
+        guards.install()
+        workspace = self.workspaces.make(key)
+        bridge = Bridge(str(workspace), thinking=self._options.thinking)
+        if self._factory is not None:
+            info = SessionInfo(key.id, workspace, history)
+            agent = self._factory(Principal(key.tenant, key.user), info, bridge)
+            close = _close_theirs
+        else:
+            agent = self._agentao(key, workspace, bridge, history)
+            close = close_agent
+        steps = self._options.max_steps
+        return AgentaoAgent(agent, bridge, max_steps=steps, close=close, log=self._log)
+
+    def forget(self, key: SessionKey) -> None:
+        self.workspaces.forget(key)
+
+    def close(self) -> None:
+        with self._lock:
+            models, self._models = self._models, None
+        if models is not None:
+            models.close()
+
+    def _agentao(
+        self, key: SessionKey, workspace: Path, bridge: Bridge, history: list[dict[str, t.Any]]
+    ) -> t.Any:
+        quiet = _quiet_logger()
+        if self._options.demo:
+            client: t.Any = DemoModel(logger=quiet)
+        else:
+            client = self._pool().client(logger=quiet, **self._llm)
+        return build_agent(
+            workspace=workspace,
+            transport=bridge,
+            llm_client=client,
+            logger=quiet,
+            history=history,
+            session_id=key.id,
+            policy=self._options.policy,
+        )
+
+    def _pool(self) -> ModelPool:
+        """The shared HTTP pool, opened in the worker and not before the fork."""
+        with self._lock:
+            if self._models is None:
+                options = self._options
+                self._models = ModelPool(
+                    read_timeout=options.llm_read_timeout,
+                    call_timeout=options.llm_call_timeout,
+                    attempts=options.llm_attempts,
+                )
+            return self._models
+
+
+def _model(environ: cabc.Mapping[str, str]) -> dict[str, t.Any]:
+    """The model the environment names, in Agentao's own words for it."""
+    try:
+        found = discover_llm_kwargs(env=environ)
+    except ValueError as exc:
+        raise RuntimeError(f"{exc} {_CURE}") from None
+    missing = [name for name in ("api_key", "base_url", "model") if not found.get(name)]
+    if missing:
+        raise RuntimeError(f"no {' and no '.join(missing)} of a model is set. {_CURE}")
+    return dict(found)
+
+
+_CURE: t.Final = (
+    "Set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL (or another LLM_PROVIDER's), "
+    "or AGENTAO_DEMO=1 for the offline demo model."
+)
+
+
+def _quiet_logger() -> logging.Logger:
+    """Agentao logs prompts and tool output: its logger reaches nobody, and stays out of the tree.
+
+    With one of its own for each agent nothing of logging's global state is touched either.
+    """
+    logger = logging.Logger("agentao_web.quiet", level=logging.CRITICAL + 1)
+    logger.propagate = False
+    return logger
+
+
+def _close_theirs(agent: t.Any) -> None:
+    close = getattr(agent, "close", None)
+    if close is not None:
+        close()

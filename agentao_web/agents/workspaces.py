@@ -1,0 +1,45 @@
+"""Which folder an agent works in. Folder names are digests: no name of a person is in a path."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import shutil
+from pathlib import Path
+
+from agentao_web.core.names import SessionKey
+
+
+class Workspaces:
+    """The folders below ``<root>/workspaces``, per user, per tenant or per session."""
+
+    def __init__(self, root: Path, sharing: str) -> None:
+        self._root = root / "workspaces"
+        self._sharing = sharing
+
+    def path(self, key: SessionKey) -> Path:
+        """Where the agent of *key* works; the folder need not exist yet."""
+        tenant = self._root / _digest(key.tenant)
+        if self._sharing == "session":
+            return tenant / f"session-{_digest(key.user, key.id)}"
+        if self._sharing == "tenant" or not key.user:
+            return tenant / "shared"
+        return tenant / f"user-{_digest(key.user)}"
+
+    def make(self, key: SessionKey) -> Path:
+        """The same folder, made if need be, for the server's own user only."""
+        path = self.path(key)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return path.resolve()
+
+    def forget(self, key: SessionKey) -> None:
+        """Remove the session's own folder, if it has one of its own."""
+        if self._sharing == "session":
+            shutil.rmtree(self.path(key), ignore_errors=True)
+
+
+def _digest(*names: str) -> str:
+    # Length-prefixed, so that ("ab", "c") and ("a", "bc") differ.
+    text = "".join(f"{len(name)}:{name}" for name in names)
+    digest = hashlib.blake2b(text.encode(), digest_size=15).digest()
+    return base64.b32encode(digest).decode().lower()

@@ -1,0 +1,144 @@
+"""The command line: ``agentao-web …``, and the same below ``flask agentao …`` for a host."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import typing as t
+
+import click
+from flask import current_app
+from flask.cli import with_appcontext
+
+from agentao_web.agents.workspaces import Workspaces
+from agentao_web.auth import DEMO_PRINCIPAL
+from agentao_web.auth import DEMO_TOKEN
+from agentao_web.auth import Tokens
+from agentao_web.config import Settings
+from agentao_web.config import from_environment
+from agentao_web.core.names import Principal
+from agentao_web.core.names import SessionKey
+
+_DAY: t.Final = 86_400
+Read = t.Callable[[], Settings]
+
+
+def _environment() -> Settings:
+    return Settings.from_mapping(from_environment())
+
+
+def _application() -> Settings:
+    return Settings.from_mapping(current_app.config)
+
+
+def _principal(tenant: str, user: str) -> Principal:
+    try:
+        return Principal(tenant, user)
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from None
+
+
+def _token(read: Read, tenant: str, user: str, ttl: int) -> None:
+    keys = read().secret_keys
+    if not keys:
+        raise click.ClickException("set AGENTAO_SECRET_KEYS to what the server has")
+    click.echo(Tokens(keys).issue(_principal(tenant, user), ttl=ttl))
+
+
+def _workspace(read: Read, tenant: str, user: str, session: str) -> None:
+    settings = read()
+    if settings.workspace == "session" and not session:
+        raise click.UsageError("AGENTAO_WORKSPACE=session: say which --session")
+    key = SessionKey(*_names(tenant, user), session)
+    click.echo(Workspaces(settings.root, settings.workspace).make(key))
+
+
+def _names(tenant: str, user: str) -> tuple[str, str]:
+    principal = _principal(tenant, user)
+    return principal.tenant, principal.user
+
+
+_TENANT = click.option("--tenant", required=True, help="Whose it is.")
+_USER = click.option("--user", default="", help="A user of the tenant; none unless told.")
+
+
+def _commands(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) -> None:
+    """The commands a host has too."""
+
+    @group.command()
+    @_TENANT
+    @_USER
+    @click.option("--ttl", default=3600, type=click.IntRange(1), help="Seconds it is good for.")
+    @wrap
+    def token(tenant: str, user: str, ttl: int) -> None:
+        """Print a bearer token.
+
+        Example: agentao-web token --tenant acme --user ann --ttl 3600
+        """
+        _token(read, tenant, user, ttl)
+
+    @group.command()
+    @_TENANT
+    @_USER
+    @click.option("--session", default="", help="With AGENTAO_WORKSPACE=session.")
+    @wrap
+    def workspace(tenant: str, user: str, session: str) -> None:
+        """Print the folder an agent works in, made if need be.
+
+        Example: cp report.txt "$(agentao-web workspace --tenant acme --user ann)"
+        """
+        _workspace(read, tenant, user, session)
+
+
+@click.group()
+def main() -> None:
+    """Agentao behind HTTP. Settings are AGENTAO_… environment variables."""
+
+
+@click.group("agentao")
+def flask_group() -> None:
+    """Agentao: the same commands with this application's config."""
+
+
+_commands(main, _environment, lambda function: function)
+_commands(flask_group, _application, with_appcontext)
+
+
+@main.command()
+@click.option("--demo", is_flag=True, help="The offline demo model, and the token `dev`.")
+@click.option("--bind", default="127.0.0.1:8000", help="HOST:PORT.")
+def serve(demo: bool, bind: str) -> None:
+    """Run the server: Gunicorn with our settings.
+
+    Example: agentao-web serve --demo
+    """
+    if demo:
+        os.environ["AGENTAO_DEMO"] = "1"
+    settings = _environment()
+    if not settings.demo and not settings.secret_keys:
+        # Good for this run only; a deployment sets its own.
+        os.environ["AGENTAO_SECRET_KEYS"] = secrets.token_urlsafe(32)
+        settings = _environment()
+        click.echo("No AGENTAO_SECRET_KEYS: a random one for this run.")
+    _greet(settings, bind)
+    command = [sys.executable, "-m", "gunicorn", "-c", "python:agentao_web.workers"]
+    os.execv(sys.executable, [*command, "--bind", bind, "agentao_web.extension:create_app()"])
+
+
+def _greet(settings: Settings, bind: str) -> None:
+    principal = DEMO_PRINCIPAL if settings.demo else Principal("local")
+    bearer = DEMO_TOKEN
+    if not settings.demo:
+        bearer = Tokens(settings.secret_keys).issue(principal, ttl=_DAY)
+    model = "the demo model, offline" if settings.demo else "your model"
+    spaces = Workspaces(settings.root, settings.workspace)
+    url = f"http://{bind}"
+    click.echo(f"agentao-web on {url}, answering through {model}. Try:\n")
+    click.echo(f"  curl -N {url}/chat/hello -H 'Authorization: Bearer {bearer}' \\")
+    click.echo("       -H 'Content-Type: application/json' -d '{\"message\": \"help\"}'\n")
+    if settings.workspace != "session":
+        folder = spaces.make(SessionKey(principal.tenant, principal.user, ""))
+        click.echo(f"The agent reads files in {folder}")
+    click.echo(f"The contract is at {url}/openapi.json\n", nl=True)
+    sys.stdout.flush()

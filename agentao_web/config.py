@@ -1,0 +1,202 @@
+"""What a deployment may change: one frozen Settings, read once from ``AGENTAO_…`` names."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import dataclasses
+import difflib
+import logging
+import os
+import typing as t
+from pathlib import Path
+
+PREFIX: t.Final = "AGENTAO_"
+
+
+def _setting(default: t.Any, help_: str, **limits: t.Any) -> t.Any:
+    return dataclasses.field(default=default, metadata={"help": help_, **limits})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every setting: its name without ``AGENTAO_``, in lower case; seconds, counts, bytes."""
+
+    root: Path = _setting(Path("agentao-root"), "Folder of the workspaces; made if need be.")
+    workers: int = _setting(1, "Worker processes of the Gunicorn config.", least=1)
+    secret_keys: tuple[str, ...] = _setting(
+        (), "Keys that sign bearer tokens, comma-separated, newest first; 16 characters or more."
+    )
+    turn_timeout: float = _setting(600.0, "Running time of a turn, in seconds.", above=0)
+    max_waiting_time: float = _setting(
+        1800.0, "Time a turn may wait for people in all, in seconds.", above=0
+    )
+    stop_grace: float = _setting(
+        5.0, "Seconds a stopped turn gets to end before it is given up.", above=0
+    )
+    llm_read_timeout: float = _setting(
+        60.0, "Silence of a streaming model that ends the call, in seconds.", above=0
+    )
+    llm_call_timeout: float = _setting(
+        300.0, "Time for a call to the model that does not stream, in seconds.", above=0
+    )
+    llm_attempts: int = _setting(2, "Attempts at a call to the model.", least=1)
+    max_steps: int = _setting(100, "Calls to the model in one turn.", least=1)
+    disconnect_grace: float = _setting(
+        10.0, "Seconds a turn goes on after its last reader left.", least=0
+    )
+    drain_grace: float = _setting(20.0, "Seconds running turns get at shutdown.", least=0)
+    heartbeat: float = _setting(
+        15.0, "Silence after which a stream gets a comment, in seconds.", above=0
+    )
+    stream_lease: float = _setting(
+        300.0, "Seconds after which a GET stream is ended on purpose.", above=0
+    )
+    send_timeout: float = _setting(
+        30.0, "Seconds a stalled reader may block a stream before it is dropped.", above=0
+    )
+    session_ttl: float = _setting(1800.0, "Seconds an idle session stays in memory.", above=0)
+    max_sessions: int = _setting(500, "Sessions in memory per worker.", least=1)
+    max_sessions_per_tenant: int | None = _setting(
+        None, "Stored sessions per tenant; unset means no limit.", least=1
+    )
+    max_turns: int = _setting(64, "Turns running at once per worker.", least=1)
+    max_turns_per_tenant: int | None = _setting(
+        None, "Turns of one tenant at once per worker; unset means no limit.", least=1
+    )
+    max_queue: int = _setting(4, "Turns waiting per session.", least=0)
+    max_message: int = _setting(131_072, "Bytes of a message, in UTF-8.", least=1)
+    max_body: int = _setting(20 * 2**20, "Bytes of a request body, images included.", least=1)
+    max_images: int = _setting(8, "Images in one message.", least=0)
+    log_bytes: int = _setting(
+        4 * 2**20, "Bytes of a session's log that are kept; older events become a gap.", least=4096
+    )
+    policy: str = _setting("ask", "What agents may write.", choices=("read-only", "ask", "trusted"))
+    workspace: str = _setting("user", "Who shares a folder.", choices=("user", "tenant", "session"))
+    thinking: bool = _setting(False, "Whether the model's reasoning is sent to clients.")
+    demo: bool = _setting(
+        False, "Accept the token `dev` and answer through the offline demo model."
+    )
+
+    @classmethod
+    def from_mapping(cls, values: cabc.Mapping[str, t.Any]) -> Settings:
+        """Settings from an application's config; RuntimeError for an unknown or bad value."""
+        ours = {k: v for k, v in values.items() if k.startswith(PREFIX)}
+        names = _names()
+        for name in ours:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, 1)
+                cure = f" Did you mean {close[0]}?" if close else ""
+                raise RuntimeError(f"{name} is not a setting of agentao-web.{cure}")
+        read = {names[k].name: _read(k, names[k], v) for k, v in ours.items()}
+        settings = cls(**read)
+        return dataclasses.replace(settings, root=settings.root.expanduser().absolute())
+
+
+def from_environment(environ: cabc.Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The ``AGENTAO_…`` variables that are settings, for ``app.config.from_mapping``.
+
+    Agentao has names of its own there, so an unknown one is only logged, unless it is so close to
+    one of ours that it must be a slip: then RuntimeError.
+    """
+    names = _names()
+    found: dict[str, str] = {}
+    for name, value in environ.items():
+        if name in names:
+            found[name] = value
+        elif name.startswith(PREFIX):
+            close = difflib.get_close_matches(name, names, 1, cutoff=0.9)
+            if close:
+                raise RuntimeError(f"{name} is not a setting. Did you mean {close[0]}?")
+            logging.getLogger("agentao_web").warning("%s is not a setting of ours", name)
+    return found
+
+
+def table() -> list[tuple[str, str, str]]:
+    """(name, default, help) of every setting, for the docs."""
+    rows = []
+    for name, field in _names().items():
+        default = field.default
+        shown = "" if default in (None, ()) else str(default)
+        choices = field.metadata.get("choices")
+        help_ = field.metadata["help"]
+        rows.append((name, shown, f"{help_} One of {', '.join(choices)}." if choices else help_))
+    return rows
+
+
+def _names() -> dict[str, dataclasses.Field[t.Any]]:
+    return {PREFIX + f.name.upper(): f for f in dataclasses.fields(Settings)}
+
+
+def _read(name: str, field: dataclasses.Field[t.Any], value: t.Any) -> t.Any:
+    kind = str(field.type)
+    try:
+        read = _READERS[kind](value)
+    except (TypeError, ValueError) as exc:
+        raise RuntimeError(f"{name}={value!r}: {exc}") from None
+    _check(name, field.metadata, read)
+    return read
+
+
+def _check(name: str, limits: cabc.Mapping[str, t.Any], value: t.Any) -> None:
+    if value is None:
+        return
+    if "choices" in limits and value not in limits["choices"]:
+        raise RuntimeError(f"{name} must be one of {', '.join(limits['choices'])}")
+    if "least" in limits and value < limits["least"]:
+        raise RuntimeError(f"{name} must be at least {limits['least']}")
+    if "above" in limits and not value > limits["above"]:
+        raise RuntimeError(f"{name} must be more than {limits['above']}")
+    if isinstance(value, tuple) and any(len(key) < 16 for key in value):
+        raise RuntimeError(f"{name}: each key needs 16 characters or more")
+
+
+def _number(value: t.Any) -> float:
+    number = float(value)
+    if isinstance(value, bool) or number != number or number in (float("inf"), float("-inf")):
+        raise ValueError("must be a number of seconds")
+    return number
+
+
+def _count(value: t.Any) -> int:
+    if isinstance(value, bool) or isinstance(value, float):
+        raise ValueError("must be a whole number")
+    return int(value)
+
+
+def _maybe_count(value: t.Any) -> int | None:
+    return None if value in (None, "") else _count(value)
+
+
+_FLAGS = {"1": True, "true": True, "on": True, "yes": True}
+_FLAGS |= {"0": False, "false": False, "off": False, "no": False, "": False}
+
+
+def _flag(value: t.Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    flag = _FLAGS.get(str(value).strip().lower())
+    if flag is None:
+        raise ValueError("must be 1 or 0")
+    return flag
+
+
+def _keys(value: t.Any) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _path(value: t.Any) -> Path:
+    if not str(value):
+        raise ValueError("must be a folder")
+    return Path(value)
+
+
+_READERS: dict[str, cabc.Callable[[t.Any], t.Any]] = {
+    "Path": _path,
+    "tuple[str, ...]": _keys,
+    "float": _number,
+    "int": _count,
+    "int | None": _maybe_count,
+    "str": str,
+    "bool": _flag,
+}

@@ -1,0 +1,126 @@
+"""Puts the rooms together for one Flask application: the only file that knows everyone."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import logging
+import os
+import weakref
+
+from flask import Flask
+from werkzeug.routing import Rule
+
+from agentao_web import views
+from agentao_web.agents.factory import AgentaoAgents
+from agentao_web.agents.factory import Factory
+from agentao_web.auth import Authenticate
+from agentao_web.auth import Tokens
+from agentao_web.auth import by_token
+from agentao_web.config import Settings
+from agentao_web.config import from_environment
+from agentao_web.readers import Watcher
+from agentao_web.sessions import SessionPool
+from agentao_web.store.memory import MemoryStore
+
+_KEY = "agentao_web"
+#: The applications of this process, for the one who ends it (agentao_web.workers).
+_apps: weakref.WeakSet[Flask] = weakref.WeakSet()
+
+
+class AgentaoWeb:
+    """The extension. Behaviour is given here; what a deployment changes is in ``app.config``.
+
+    *authenticate* says who makes a request: a Principal, or None for nobody. Without it the
+    requests carry bearer tokens signed with ``AGENTAO_SECRET_KEYS``.
+
+    *agents* replaces the building of agents altogether: called with the principal, a SessionInfo
+    and the transport to construct the agent with, it returns an Agentao.
+    """
+
+    def __init__(
+        self, *, authenticate: Authenticate | None = None, agents: Factory | None = None
+    ) -> None:
+        self._authenticate = authenticate
+        self._agents = agents
+
+    def init_app(self, app: Flask, *, url_prefix: str = "") -> None:
+        """Register the blueprint on *app* below *url_prefix*, with settings from its config.
+
+        Raises RuntimeError, with the cure in it, for a setting that is unknown, bad or missing,
+        and if *app* has an agentao-web already.
+        """
+        if _KEY in app.extensions:
+            raise RuntimeError(
+                "this application has an agentao-web already; call init_app once per application"
+            )
+        settings = Settings.from_mapping(app.config)
+        log = logging.getLogger("agentao_web")
+        agents = AgentaoAgents(settings, factory=self._agents, log=log)
+        store = MemoryStore(
+            max_per_tenant=settings.max_sessions_per_tenant, log_bytes=settings.log_bytes
+        )
+        app.extensions[_KEY] = views.Parts(
+            settings=settings,
+            authenticate=self._authenticate or _by_token(settings),
+            pool=SessionPool(store, agents, settings, log=log),
+            watcher=Watcher(),
+        )
+        prefix = url_prefix.rstrip("/")
+        app.register_blueprint(views.blueprint(), url_prefix=prefix or None)
+        _add_fallbacks(app, prefix)
+        _apps.add(app)
+
+
+def _by_token(settings: Settings) -> Authenticate:
+    if not settings.secret_keys and not settings.demo:
+        raise RuntimeError(
+            "no AGENTAO_SECRET_KEYS: set it to a random text of 16 characters or more, pass "
+            "authenticate= to use the application's own login, or set AGENTAO_DEMO=1"
+        )
+    tokens = Tokens(settings.secret_keys) if settings.secret_keys else None
+    return by_token(tokens, demo=settings.demo)
+
+
+def _add_fallbacks(app: Flask, prefix: str) -> None:
+    """Answer in our form for what is ours and does not exist, and for nothing of the host's.
+
+    Added to the map directly: Flask's own add_url_rule makes GET of "any method".
+    """
+    paths = {entry.path for entry in views.ROUTES}
+    rules = [(prefix + path, "no_such_method", views.no_such_method) for path in paths]
+    if prefix:
+        rules.append((f"{prefix}/<path:rest>", "no_such_path", views.no_such_path))
+    for path, name, view in rules:
+        endpoint = f"{views.NAME}.{name}"
+        app.url_map.add(Rule(path, endpoint=endpoint, methods=None))
+        app.view_functions[endpoint] = view
+
+
+def create_app(environ: cabc.Mapping[str, str] = os.environ) -> Flask:
+    """The ready application, with every setting from the environment."""
+    app = Flask("agentao_web", static_folder=None)
+    app.config.from_mapping(from_environment(environ))
+    AgentaoWeb().init_app(app)
+    for handler in (404, 405):
+        app.register_error_handler(handler, views._http_error)
+    return app
+
+
+def pool_of(app: Flask) -> SessionPool:
+    """The sessions of *app*; RuntimeError if it has no agentao-web."""
+    parts = app.extensions.get(_KEY)
+    if parts is None:
+        raise RuntimeError("this application has no agentao-web. Did you forget init_app?")
+    pool: SessionPool = parts.pool
+    return pool
+
+
+def apps() -> list[Flask]:
+    """Every application of this process that has an agentao-web."""
+    return list(_apps)
+
+
+def shutdown(app: Flask, grace: float | None = None) -> None:
+    """End every turn of *app* within *grace* seconds and close what it holds. Harmless twice."""
+    pool_of(app).drain(grace)
+    app.extensions[_KEY].watcher.close()

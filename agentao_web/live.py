@@ -1,0 +1,433 @@
+"""One session seen by many threads: its log, its running turn, its queue, and who reads.
+
+The only Condition of the house is here. It is held for a few lines at a time and never while an
+agent, a store or a callback runs; what has to be called afterwards is handed back to the caller.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc as cabc
+import threading
+import typing as t
+
+from agentao_web.core.errors import Draining
+from agentao_web.core.errors import SessionBusy
+from agentao_web.core.errors import TooManyTurns
+from agentao_web.core.log import Draft
+from agentao_web.core.log import Event
+from agentao_web.core.log import EventLog
+from agentao_web.core.log import Slice
+from agentao_web.core.transcript import Transcript
+from agentao_web.core.turn import ENDED
+from agentao_web.core.turn import Outcome
+from agentao_web.core.turn import State
+from agentao_web.core.turn import Turn
+from agentao_web.core.turn import terminal
+
+if t.TYPE_CHECKING:
+    from agentao_web.core.names import SessionKey
+    from agentao_web.store import Claim
+
+Callback = cabc.Callable[[str], None]
+Clock = cabc.Callable[[], float]
+
+#: Numbers kept free in a claim for the terminal event and the queue's.
+_ROOM_FOR_ENDINGS: t.Final = 1024
+
+
+class LiveTurn:
+    """A turn with what only a running one has: its claim, its stop callbacks, its last event."""
+
+    __slots__ = (
+        "turn",
+        "claim",
+        "cursor",
+        "transcript",
+        "final",
+        "outcome",
+        "left_at",
+        "closing",
+        "abandoned",
+        "_callbacks",
+    )
+
+    def __init__(self, turn: Turn, cursor: int) -> None:
+        self.turn = turn
+        self.cursor = cursor
+        """The place in the log just before this turn's first event."""
+        self.claim: Claim | None = None
+        self.transcript = Transcript()
+        self.final: Event | None = None
+        """Its ``done`` or ``error``; without ``seq`` if it could not be stored."""
+        self.outcome: Outcome | None = None
+        self.left_at: float | None = None
+        """The turn's waking clock when its last reader left; None while one is there."""
+        self.closing = False
+        """Its outcome is settled: nothing it says any more is heard."""
+        self.abandoned = False
+        """It was given up: its thread is still alive somewhere."""
+        self._callbacks: list[Callback] | None = []
+
+
+class Audience(t.Protocol):
+    """What a session has to know of one of its readers."""
+
+    turn: LiveTurn | None
+    cursor: int | None
+
+    @property
+    def over(self) -> bool: ...
+
+
+class Live:
+    """A session in memory."""
+
+    def __init__(self, key: SessionKey, *, head: int, log_bytes: int, clock: Clock) -> None:
+        self.key = key
+        self.tenant = key.tenant
+        self.used = clock()
+        self.agent: t.Any = None
+        """The agent, owned by the pool; touched only by the thread of the running turn."""
+        self.agent_version = -1
+        self.closed = False
+        self.deleting = False
+        self.farewell: Event | None = None
+        """What readers are told when the session is deleted under them."""
+        self.clock = clock
+        self._cond = threading.Condition()
+        self._log_bytes = log_bytes
+        self._log = EventLog(max_bytes=log_bytes, head=head)
+        self._stored = head
+        self._current: LiveTurn | None = None
+        self._queue: collections.deque[LiveTurn] = collections.deque()
+        self._readers: set[Audience] = set()
+
+    # -- the pool's side -----------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody runs, waits or reads here."""
+        return self._current is None and not self._queue and not self._readers
+
+    @property
+    def head(self) -> int:
+        return self._log.head
+
+    def close(self, *, force: bool = False) -> bool:
+        """Take no one in any more; False (and nothing happened) if it is in use."""
+        with self._cond:
+            if not force and not self.idle:
+                return False
+            self.closed = True
+            self._cond.notify_all()
+            return True
+
+    def turns(self) -> list[LiveTurn]:
+        """The running turn, if any, then the queued ones in their order."""
+        with self._cond:
+            return [*([self._current] if self._current else []), *self._queue]
+
+    def state(self) -> str:
+        """``idle``, ``running`` or ``waiting``."""
+        current = self._current
+        if current is None:
+            return "idle"
+        return "waiting" if current.turn.state is State.WAITING else "running"
+
+    # -- starting ------------------------------------------------------------------------------
+
+    def admit(self, turn: Turn, *, max_queue: int) -> tuple[LiveTurn, LiveTurn | None]:
+        """Make *turn* the running one, or queue it as it asks.
+
+        Returns it, and the turn it has to wait for, if any. Raises SessionBusy, TooManyTurns (the
+        queue is full), or Draining if the session was closed a moment ago and has to be opened
+        anew.
+        """
+        with self._cond:
+            if self.deleting:
+                raise SessionBusy("this session is being deleted", reason="deleting")
+            if self.closed:
+                raise Draining
+            live = LiveTurn(turn, self._log.head)
+            self.used = self.clock()
+            if self._current is None:
+                self._current = live
+                return live, None
+            on_busy = turn.request.on_busy
+            if on_busy == "reject":
+                raise SessionBusy(
+                    "this session is already answering", turn_id=self._current.turn.id
+                )
+            if len(self._queue) >= max_queue:
+                raise TooManyTurns("the queue of this session is full", queued=len(self._queue))
+            if on_busy == "queue":
+                self._queue.append(live)
+            else:
+                self._queue.appendleft(live)
+            return live, self._current
+
+    def withdraw(self, live: LiveTurn) -> LiveTurn | None:
+        """*live* could not be claimed: as if it had never been. Returns the next in its place."""
+        with self._cond:
+            live.closing = True
+            return self._follow(live)
+
+    def announce(self, live: LiveTurn) -> bool:
+        """Publish that *live* is queued, unless the running turn is just ending."""
+        with self._cond:
+            holder = self._current
+            if live not in self._queue or holder is None or not self._may_write(holder):
+                return False
+            position = self._queue.index(live) + 1
+            data = {"position": position, "message": live.turn.request.message}
+            live.cursor = self._log.head
+            return self._write(live.turn.id, Draft("turn_queued", data)) is not None
+
+    def begin(self, live: LiveTurn, claim: Claim) -> list[Callback]:
+        """*live* holds the session: show its first event.
+
+        If it was told to stop while it waited, its callbacks come back to be called.
+        """
+        with self._cond:
+            live.claim = claim
+            opening = t.cast(int, claim.opening.seq)
+            if self._stored != self._log.head:
+                # The store missed the end of the last turn: what it says now is the truth.
+                self._log = EventLog(max_bytes=self._log_bytes, head=opening - 1)
+            self._log.claim(claim.generation)
+            self._log.add(claim.opening)
+            self._stored = opening
+            live.transcript.add(claim.opening)
+            now = self.clock()
+            live.turn.step("begin", now)
+            reason = live.turn.stop_reason
+            if reason is not None:
+                live.turn.stopped = now
+                live.turn.step("stop", now)
+            self._cond.notify_all()
+            return self._taken(live) if reason is not None else []
+
+    # -- the turn's side -----------------------------------------------------------------------
+
+    def publish(self, live: LiveTurn, draft: Draft) -> bool:
+        """Append what the agent of *live* says; False if it is not heard any more."""
+        with self._cond:
+            if live is not self._current or not self._may_write(live):
+                return False
+            event = self._write(live.turn.id, draft)
+            if event is None:
+                return False
+            live.transcript.add(event)
+            return True
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the claim is nearly out of numbers."""
+        return self._log.room <= _ROOM_FOR_ENDINGS
+
+    def on_stop(self, live: LiveTurn, callback: Callback) -> None:
+        """Call *callback* with the reason once *live* is stopped, at once if it is already."""
+        with self._cond:
+            if live._callbacks is not None:
+                live._callbacks.append(callback)
+                return
+            reason = live.turn.stop_reason
+        if reason is not None:
+            callback(reason)
+
+    def adopt(self, live: LiveTurn, agent: t.Any, version: int) -> bool:
+        """Keep *agent* for this session; False if *live*, for which it was built, is over."""
+        with self._cond:
+            if live.closing:
+                return False
+            self.agent, self.agent_version = agent, version
+            return True
+
+    def close_turn(self, live: LiveTurn, *, abandoned: bool = False) -> bool:
+        """Hear no more of *live*: its outcome is settled. False if someone else did so first."""
+        with self._cond:
+            if live.closing:
+                return False
+            live.closing = True
+            if abandoned:
+                # Its thread may still use the agent: nobody else may.
+                live.abandoned, self.agent = True, None
+            live._callbacks = None
+            return True
+
+    def number(self, live: LiveTurn, draft: Draft) -> Event:
+        """The terminal event of a closed turn, not yet shown."""
+        with self._cond:
+            return self._log.number(draft, live.turn.id, self.clock())
+
+    def end(self, live: LiveTurn, outcome: Outcome, final: Event) -> LiveTurn | None:
+        """Show how *live* ended and return the turn whose time has come, if any."""
+        with self._cond:
+            if final.seq is not None:
+                self._log.add(final)
+                self._stored = final.seq
+            live.turn.end(outcome, self.clock())
+            live.outcome, live.final = outcome, final
+            self.used = self.clock()
+            return self._follow(live)
+
+    # -- stopping ------------------------------------------------------------------------------
+
+    def stop(self, live: LiveTurn, reason: str) -> tuple[bool, list[Callback]]:
+        """Ask *live* to stop; whether that was news, and the callbacks to call without a lock."""
+        with self._cond:
+            if live in self._queue:
+                return self._end_queued(live, reason), []
+            before = live.turn.stop_reason
+            callbacks = self._stop(live, reason)
+            return live.turn.stop_reason is not None and before is None, callbacks
+
+    def stop_all(self, reason: str) -> tuple[list[LiveTurn], list[Callback]]:
+        """Stop the running turn and end the queued ones; who was stopped, and the callbacks."""
+        with self._cond:
+            stopped = [q for q in list(self._queue) if self._end_queued(q, reason)]
+            current, callbacks = self._current, []
+            if current is not None and current.turn.stop_reason is None and not current.closing:
+                callbacks = self._stop(current, reason)
+                stopped.insert(0, current)
+            return stopped, callbacks
+
+    def _stop(self, live: LiveTurn, reason: str) -> list[Callback]:
+        if live.closing or not live.turn.stop(reason, self.clock()):
+            return []
+        self._cond.notify_all()
+        return [] if live.turn.state is State.QUEUED else self._taken(live)
+
+    def _taken(self, live: LiveTurn) -> list[Callback]:
+        callbacks, live._callbacks = live._callbacks or [], None
+        return callbacks
+
+    def _end_queued(self, live: LiveTurn, reason: str) -> bool:
+        """End a waiting turn under the running one's claim.
+
+        Without one to write under it stays in the queue, and ends as soon as its time comes.
+        """
+        holder = self._current
+        now = self.clock()
+        if not live.turn.stop(reason, now):
+            return False
+        if holder is None or not self._may_write(holder):
+            return True
+        self._queue.remove(live)
+        live.closing = True
+        outcome = Outcome(State.CANCELLED, reason)
+        duration = int((now - live.turn.created) * 1000)
+        live.final = self._write(live.turn.id, terminal(outcome, duration_ms=duration))
+        live.outcome = outcome
+        live.turn.end(outcome, now)
+        self._cond.notify_all()
+        return True
+
+    def _follow(self, live: LiveTurn) -> LiveTurn | None:
+        """*live* is done with: the one whose time has come in its place, if any."""
+        self._cond.notify_all()
+        if live in self._queue:
+            self._queue.remove(live)
+        if live is not self._current:
+            return None
+        self._current = self._queue.popleft() if self._queue else None
+        return self._current
+
+    # -- deletion ------------------------------------------------------------------------------
+
+    def bury(self, farewell: Event) -> None:
+        """The session is gone: tell everyone who still reads, and take no one in."""
+        with self._cond:
+            self.farewell = farewell
+            self.closed = True
+            self._cond.notify_all()
+
+    # -- the store's side (agentao_web.store.writer.Source) -------------------------------------
+
+    def unwritten(self) -> tuple[Claim | None, list[Event]]:
+        with self._cond:
+            claim = self._current.claim if self._current is not None else None
+            return claim, self._log.since(self._stored) if claim is not None else []
+
+    def written(self, through: int) -> None:
+        with self._cond:
+            self._stored = max(self._stored, through)
+            self._log.trim(through=self._stored)
+
+    def lost(self) -> None:
+        with self._cond:
+            if self._current is not None:
+                self._current.closing = True
+
+    # -- readers -------------------------------------------------------------------------------
+
+    def attach(self, reader: Audience) -> None:
+        """*reader* is here: turns that were left alone are not any more."""
+        with self._cond:
+            self._readers.add(reader)
+            self.used = self.clock()
+            for live in self._served(reader):
+                live.left_at = None
+
+    def detach(self, reader: Audience, *, left: bool) -> None:
+        """*reader* is gone; *left* if the client went, not we."""
+        with self._cond:
+            self._readers.discard(reader)
+            if not self._readers:
+                self._cond.notify_all()
+            self.used = self.clock()
+            if not left:
+                return
+            for live in self._served(reader):
+                if not any(r.turn in (None, live) for r in self._readers):
+                    live.left_at = live.turn.awake_for(self.clock())
+
+    def _served(self, reader: Audience) -> list[LiveTurn]:
+        turns = [*([self._current] if self._current else []), *self._queue]
+        return [live for live in turns if reader.turn in (None, live)]
+
+    def wake(self) -> None:
+        """Have every reader look around."""
+        with self._cond:
+            self._cond.notify_all()
+
+    def wait_unread(self, timeout: float) -> bool:
+        """Wait until nobody reads any more; False after *timeout* seconds."""
+        with self._cond:
+            return self._cond.wait_for(lambda: not self._readers, timeout)
+
+    def wait(self, reader: Audience, until: float) -> None:
+        """Wait until there is something for *reader*, or its time (of the clock) is up."""
+        with self._cond:
+            while not (self._news(reader) or reader.over):
+                left = until - self.clock()
+                if left <= 0:
+                    return
+                self._cond.wait(left)
+
+    def _news(self, reader: Audience) -> bool:
+        if self.closed or reader.cursor is None or reader.cursor != self._log.head:
+            return True
+        return reader.turn is not None and reader.turn.final is not None
+
+    def take(self, cursor: int, *, limit: int, max_bytes: int) -> Slice | None:
+        """What follows *cursor*, or None if the store has to be asked."""
+        with self._cond:
+            if not self._log.covers(cursor):
+                return None
+            return self._log.after(cursor, limit=limit, max_bytes=max_bytes)
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _may_write(self, live: LiveTurn) -> bool:
+        return live.claim is not None and not live.closing and live.turn.state not in ENDED
+
+    def _write(self, turn_id: str, draft: Draft) -> Event | None:
+        if self._log.room <= 1:
+            return None
+        event = self._log.number(draft, turn_id, self.clock())
+        self._log.add(event)
+        if self._readers:
+            self._cond.notify_all()
+        return event

@@ -1,0 +1,271 @@
+"""Who reads, and who left: a reader pulls from a session's log with a cursor of its own.
+
+There are no queues per reader, so a slow one costs nothing and a dead one leaves nothing behind.
+One watcher thread sees clients that close, even while nothing is being sent to them.
+"""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import os
+import random
+import select
+import socket
+import threading
+import types
+import typing as t
+
+from agentao_web.core.log import Event
+from agentao_web.core.log import joined
+from agentao_web.live import Live
+from agentao_web.live import LiveTurn
+from agentao_web.store import Store
+
+#: How much a stream takes from the log at once: events, bytes.
+_BATCH, _BATCH_BYTES = 500, 2**20
+_CLOSED: t.Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+
+
+class Reader:
+    """Someone reading one session, or one turn of it. Use it as a context manager."""
+
+    def __init__(
+        self,
+        live: Live,
+        store: Store,
+        cursor: int | None,
+        *,
+        turn: LiveTurn | None = None,
+        watcher: Watcher | None = None,
+        sock: socket.socket | None = None,
+        dismissed: cabc.Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.live = live
+        self.turn = turn
+        self.cursor = cursor
+        self.left = False
+        """The client closed the connection."""
+        self.told = False
+        """It was shown the end: its turn's last event, or the session's farewell."""
+        self._store = store
+        self._watcher = watcher
+        self._sock = sock
+        self._dismissed = dismissed
+
+    def __enter__(self) -> Reader:
+        self.live.attach(self)
+        if self._watcher is not None and self._sock is not None:
+            self._watcher.watch(self._sock, self._on_close)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        if self._watcher is not None and self._sock is not None:
+            self._watcher.forget(self._sock)
+        # A failed write closes the generator: the client is gone, whoever noticed first.
+        gone = self.left or exc_type is GeneratorExit
+        self.live.detach(self, left=gone and not self.told)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be sent: the client left, was told the end, or we close."""
+        return self.left or self.told or self._dismissed()
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether the session is idle and this reader has everything."""
+        return self.cursor == self.live.head and self.live.state() == "idle"
+
+    def read(self, *, limit: int, max_bytes: int) -> list[Event]:
+        """What there is after the cursor, text joined, and move the cursor past it.
+
+        An empty list means nothing for this reader yet; see ``told`` and ``over``.
+        """
+        if self.live.farewell is not None:
+            self.told = True
+            return [self.live.farewell]
+        final = self.turn.final if self.turn is not None else None
+        events = self._advance(limit, max_bytes)
+        if self.turn is not None:
+            events = [e for e in events if e.turn_id == self.turn.turn.id or e.type == "gap"]
+        if final is not None:
+            events = self._with_end(events, final)
+        return joined(events)
+
+    def wait(self, until: float) -> None:
+        """Wait until there may be something to read, or *until* (of the session's clock)."""
+        self.live.wait(self, until)
+
+    def _advance(self, limit: int, max_bytes: int) -> list[Event]:
+        cursor = self.cursor
+        part = None
+        if cursor is not None:
+            part = self.live.take(cursor, limit=limit, max_bytes=max_bytes)
+        if part is None:
+            part = self._store.events(self.live.key, cursor, limit=limit, max_bytes=max_bytes)
+        self.cursor = part.cursor
+        return part.events
+
+    def _with_end(self, events: list[Event], final: Event) -> list[Event]:
+        if final.seq is None:
+            # Never stored: shown once the reader has all that was.
+            if self.cursor is not None and self.cursor < self.live.head:
+                return events
+            self.told = True
+            return [*events, final]
+        self.told = self.cursor is not None and self.cursor >= final.seq
+        return events
+
+    def _on_close(self) -> None:
+        self.left = True
+        self.live.wake()
+
+
+class Dialect(t.Protocol):
+    """What a stream needs of a wire (agentao_web.wire.native)."""
+
+    KEEP_ALIVE: bytes
+
+    def frames(self, events: cabc.Iterable[Event]) -> bytes: ...
+    def retry(self, milliseconds: int) -> bytes: ...
+
+
+def stream(
+    reader: Reader, wire: Dialect, *, heartbeat: float, lease: float | None, follow: bool
+) -> cabc.Iterator[bytes]:
+    """Everything *reader* gets, encoded, until its end.
+
+    A reader of one turn ends with the turn. Others end when the session is idle and they have
+    everything (unless they *follow*), or after about *lease* seconds with a hint to come back. A
+    comment goes out after *heartbeat* seconds of silence.
+    """
+    clock = reader.live.clock
+    ends = None if lease is None else clock() + lease * random.uniform(0.9, 1.0)
+    silent_since = float("-inf")
+    with reader:
+        while not reader.over:
+            events = reader.read(limit=_BATCH, max_bytes=_BATCH_BYTES)
+            now = clock()
+            if events:
+                silent_since = now
+                yield wire.frames(events)
+            elif reader.turn is None and not follow and reader.caught_up:
+                return
+            elif ends is not None and now >= ends:
+                break
+            elif now - silent_since >= heartbeat:
+                silent_since = now
+                yield wire.KEEP_ALIVE
+            else:
+                reader.wait(min(silent_since + heartbeat, ends or float("inf")))
+        if not (reader.told or reader.left):
+            # Ended on purpose: everybody comes back, but not at the same moment.
+            yield wire.retry(random.randint(500, 2000))
+
+
+def poll(reader: Reader, *, wait: float, limit: int, max_bytes: int) -> list[Event]:
+    """What there is after the cursor, or what comes within *wait* seconds; perhaps nothing."""
+    until = reader.live.clock() + wait
+    with reader:
+        while True:
+            events = reader.read(limit=limit, max_bytes=max_bytes)
+            if events or reader.over or reader.live.clock() >= until:
+                return events
+            reader.wait(until)
+
+
+def ended(reader: Reader, *, wait: float) -> bool:
+    """Whether the reader's turn is over, after waiting for that at most *wait* seconds."""
+    turn, live = reader.turn, reader.live
+    assert turn is not None
+    until = live.clock() + wait
+    with reader:
+        while turn.final is None and not reader.over and live.clock() < until:
+            reader.cursor = live.head
+            reader.wait(until)
+    return turn.final is not None
+
+
+class Watcher:
+    """One epoll over all stream sockets of a worker: calls back within moments of a close.
+
+    Facts: Linux ``epoll(7)``; EPOLLRDHUP also sees a half-close, which behind nginx never comes.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._callbacks: dict[int, cabc.Callable[[], None]] = {}
+        self._epoll: select.epoll | None = None
+        self._wake: tuple[int, int] | None = None
+        self._thread: threading.Thread | None = None
+
+    def watch(self, sock: socket.socket, callback: cabc.Callable[[], None]) -> None:
+        """Call *callback* once when the peer of *sock* closes, from the watcher's thread."""
+        fd = sock.fileno()
+        if fd < 0:
+            callback()
+            return
+        with self._lock:
+            epoll = self._started()
+            self._callbacks[fd] = callback
+            epoll.register(fd, _CLOSED | select.EPOLLONESHOT)
+
+    def forget(self, sock: socket.socket) -> None:
+        """Look after *sock* no more; before it is closed, since its number is used again."""
+        fd = sock.fileno()
+        with self._lock:
+            if self._callbacks.pop(fd, None) is not None and self._epoll is not None:
+                self._epoll.unregister(fd)
+
+    def close(self) -> None:
+        """End the thread and give the descriptors back."""
+        with self._lock:
+            thread, wake, epoll = self._thread, self._wake, self._epoll
+            self._thread = self._wake = self._epoll = None
+            self._callbacks.clear()
+        if thread is None or wake is None or epoll is None:
+            return
+        os.write(wake[1], b"x")
+        thread.join(5)
+        epoll.close()
+        os.close(wake[0])
+        os.close(wake[1])
+
+    def _started(self) -> select.epoll:
+        if self._epoll is None:
+            self._epoll = select.epoll()
+            self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            self._epoll.register(self._wake[0], select.EPOLLIN)
+            self._thread = threading.Thread(
+                target=self._run,
+                args=(self._epoll, self._wake[0]),
+                name="agentao-watcher",
+                daemon=True,
+            )
+            self._thread.start()
+        return self._epoll
+
+    def _run(self, epoll: select.epoll, wake: int) -> None:
+        while True:
+            for fd, _ in epoll.poll():
+                if fd == wake:
+                    return
+                self._closed(fd)
+
+    def _closed(self, fd: int) -> None:
+        with self._lock:
+            callback = self._callbacks.get(fd)
+            # The descriptor may be a new connection's by now: ask it again before believing.
+            if callback is None or not _is_closed(fd):
+                return
+        callback()
+
+
+def _is_closed(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+    return bool(poll.poll(0))

@@ -1,0 +1,403 @@
+"""One turn on its thread: claim, agent, terminal transaction, release; or giving it up."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import dataclasses
+import logging
+import secrets
+import threading
+import time
+import typing as t
+
+from agentao_web.core.errors import ClaimLost
+from agentao_web.core.errors import SessionBusy
+from agentao_web.core.errors import StoreUnavailable
+from agentao_web.core.log import Draft
+from agentao_web.core.log import Event
+from agentao_web.core.names import SessionKey
+from agentao_web.core.transcript import lost_note
+from agentao_web.core.turn import Outcome
+from agentao_web.core.turn import State
+from agentao_web.core.turn import TurnRequest
+from agentao_web.core.turn import settle
+from agentao_web.core.turn import terminal
+from agentao_web.live import Callback
+from agentao_web.live import Live
+from agentao_web.live import LiveTurn
+from agentao_web.store import Finish
+from agentao_web.store import Store
+from agentao_web.store import TurnRow
+from agentao_web.store.writer import Writer
+
+#: Events that must not wait for the writer's next batch.
+_AT_ONCE: t.Final = frozenset({"tool_start", "turn_queued"})
+#: How long a terminal transaction may take, in seconds.
+COMMIT_TIMEOUT: t.Final = 10.0
+
+
+class Stage(t.Protocol):
+    """What an agent has of the turn it runs."""
+
+    turn_id: str
+
+    def publish(self, draft: Draft) -> None:
+        """Put an event into the session's log."""
+
+    def on_stop(self, callback: Callback) -> None:
+        """Call *callback* with the reason, from any thread, when the turn has to stop."""
+
+
+class Agent(t.Protocol):
+    """One conversation with a model. Used by one thread at a time."""
+
+    def run(self, request: TurnRequest, stage: Stage) -> Outcome:
+        """Run one turn, blocking; the outcome's status is completed, incomplete or failed."""
+
+    def unsaved(self) -> tuple[list[dict[str, t.Any]], bool]:
+        """History since ``saved``, or all of it and True if the past was rewritten."""
+
+    def saved(self) -> None:
+        """What ``unsaved`` gave is in the store."""
+
+    def close(self) -> None:
+        """Give back everything. Not called while ``run`` runs."""
+
+
+class Agents(t.Protocol):
+    """Builds agents; thread-safe."""
+
+    def build(self, key: SessionKey, history: list[dict[str, t.Any]]) -> Agent:
+        """An agent for the session, with what was said before."""
+
+    def forget(self, key: SessionKey) -> None:
+        """Remove what the session left outside of the store: its own workspace."""
+
+    def close(self) -> None:
+        """No agent is used any more: give back what they shared."""
+
+
+def steady_clock() -> cabc.Callable[[], float]:
+    """Unix seconds that never jump: the wall clock at the start, and monotonic time since."""
+    offset = time.time() - time.monotonic()
+    return lambda: offset + time.monotonic()
+
+
+class Books:
+    """Which turns there are, and how many of them hold a thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.turns: dict[LiveTurn, Live] = {}
+        """Turns accepted and not ended."""
+        self.slots = 0
+        """Turns that run, given-up ones included until their thread ends."""
+        self.given_up = 0
+        """Turns that were given up and whose thread is alive."""
+        self.quiet = threading.Condition(self.lock)
+
+    def enter(self, turn: LiveTurn, live: Live) -> None:
+        """Register a turn. The caller holds the lock, and has asked whether there is room."""
+        self.turns[turn] = live
+
+    def leave(self, turn: LiveTurn) -> None:
+        """*turn* has ended."""
+        with self.lock:
+            self.turns.pop(turn, None)
+            self.quiet.notify_all()
+
+    def slot(self, change: int) -> None:
+        """Take (1) or give back (-1) the place of a running turn."""
+        with self.lock:
+            self.slots += change
+
+    def abandon(self, change: int) -> int:
+        """Count a thread that was given up (1), or came back after all (-1)."""
+        with self.lock:
+            self.given_up += change
+            return self.given_up
+
+    def running(self) -> list[tuple[LiveTurn, Live]]:
+        """Every registered turn and its session."""
+        with self.lock:
+            return list(self.turns.items())
+
+    def wait_quiet(self, condition: cabc.Callable[[], bool], until: float) -> bool:
+        """Wait until *condition* holds, asked whenever a turn ended, or *until* (monotonic)."""
+        with self.lock:
+            return self.quiet.wait_for(condition, max(0.0, until - time.monotonic()))
+
+
+class _Stage:
+    def __init__(self, runner: Runner, live: Live, turn: LiveTurn) -> None:
+        self.turn_id = turn.turn.id
+        self._runner, self._live, self._turn = runner, live, turn
+
+    def publish(self, draft: Draft) -> None:
+        live = self._live
+        if not live.publish(self._turn, draft):
+            return
+        if live.crowded:
+            self._runner.stop(live, self._turn, "event_limit")
+        self._runner.writer.note(live, urgent=draft.type in _AT_ONCE)
+
+    def on_stop(self, callback: Callback) -> None:
+        self._live.on_stop(self._turn, callback)
+
+
+class Runner:
+    """Runs turns, each on a thread of its own, and sees that each ends exactly once."""
+
+    def __init__(
+        self,
+        store: Store,
+        writer: Writer,
+        agents: Agents,
+        books: Books,
+        *,
+        clock: cabc.Callable[[], float],
+        log: logging.Logger,
+    ) -> None:
+        self.worker = ""
+        """Who writes the rows: a fresh name per process."""
+        self.writer = writer
+        self._store = store
+        self._agents = agents
+        self._books = books
+        self._clock = clock
+        self._log = log
+
+    def row(self, turn: LiveTurn) -> TurnRow:
+        """*turn* as the store keeps it."""
+        request = turn.turn.request
+        return TurnRow(
+            turn.turn.id, request.message, len(request.images), turn.turn.created, self.worker
+        )
+
+    def claim(self, live: Live, turn: LiveTurn) -> None:
+        """Take the session for *turn* and show its beginning; raises what the store raises."""
+        now = self._clock()
+        request = turn.turn.request
+        data = {
+            "message": request.message,
+            "images": len(request.images),
+            "queued_ms": int((now - turn.turn.created) * 1000),
+        }
+        claim = self._store.claim(live.key, self.row(turn), Draft("turn_begin", data), now)
+        if live.agent is not None and live.agent_version != claim.version:
+            # Another worker went on with this conversation.
+            self.drop_agent(live)
+        call(live.begin(turn, claim), turn.turn.stop_reason or "")
+
+    def start(self, live: Live, turn: LiveTurn) -> None:
+        """Run *turn*, which holds a slot, and those queued behind it."""
+        thread = threading.Thread(
+            target=self._work, args=(live, turn), name="agentao-turn", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            # No thread to be had; but the turn was accepted, so it must end.
+            self._log.exception("cannot start a thread")
+            self.go_on(live, self._conclude(live, turn, self._broken(turn), None))
+
+    def go_on(self, live: Live, turn: LiveTurn | None) -> None:
+        """Run *turn*, whose time has come, on a new thread."""
+        if turn is not None:
+            self._books.slot(1)
+            self.start(live, turn)
+
+    def stop(self, live: Live, turn: LiveTurn, reason: str) -> bool:
+        """Stop one turn; False if it had ended or was stopped before."""
+        news, callbacks = live.stop(turn, reason)
+        call(callbacks, reason)
+        if news:
+            self.swept([turn])
+        return news
+
+    def stop_all(self, live: Live, reason: str) -> int:
+        """Stop the running turn and end the queued ones; how many that were."""
+        stopped, callbacks = live.stop_all(reason)
+        call(callbacks, reason)
+        self.swept(stopped)
+        return len(stopped)
+
+    def swept(self, turns: cabc.Iterable[LiveTurn]) -> None:
+        """Take queued turns that ended with their stop off the books."""
+        for turn in turns:
+            live = self._books.turns.get(turn)
+            if turn.outcome is None or turn.claim is not None or live is None:
+                continue
+            self._books.leave(turn)
+            self.writer.note(live, urgent=True)
+            try:
+                self._store.dequeue(live.key, turn.turn.id, turn.outcome)
+            except StoreUnavailable:
+                self._log.warning("turn %s: its row outlives it for now", turn.turn.id)
+
+    def give_up(self, live: Live, turn: LiveTurn) -> int:
+        """*turn* does not end: close its log, retire its agent, count its thread.
+
+        Returns how many threads are lost that way by now. History is what was before, the message
+        and a note: it is never read from an agent whose thread still lives.
+        """
+        if not live.close_turn(turn, abandoned=True):
+            return self._books.given_up
+        self._log.error("turn %s ignored its stop and was given up", turn.turn.id)
+        lost = self._books.abandon(1)
+        # The reason it was stopped for decides the status.
+        outcome = self._worded(turn, Outcome(State.FAILED, "internal_error"))
+        outcome = dataclasses.replace(outcome, details={"abandoned": True})
+        self.go_on(live, self._commit(live, turn, outcome, None))
+        return lost
+
+    def drop_agent(self, live: Live) -> None:
+        """Close the session's agent, if it has one."""
+        agent, live.agent = live.agent, None
+        if agent is not None:
+            self.close_agent(agent)
+
+    def close_agent(self, agent: Agent) -> None:
+        """Close *agent*; what it raises is only logged."""
+        try:
+            agent.close()
+        except Exception:
+            self._log.exception("an agent could not be closed")
+
+    # -- the thread ----------------------------------------------------------------------------
+
+    def _work(self, live: Live, turn: LiveTurn) -> None:
+        following: LiveTurn | None = turn
+        while following is not None:
+            turn = following
+            following = self._run(live, turn)
+            if following is not None:
+                self._books.slot(1)
+        if turn.abandoned:
+            self._books.slot(-1)
+            self._books.abandon(-1)
+
+    def _run(self, live: Live, turn: LiveTurn) -> LiveTurn | None:
+        agent: Agent | None = None
+        try:
+            if turn.claim is None:
+                self.claim(live, turn)
+            if turn.turn.stop_reason is not None:
+                outcome = Outcome(State.CANCELLED, turn.turn.stop_reason)
+            else:
+                agent = self._agent(live, turn)
+                outcome = agent.run(turn.turn.request, _Stage(self, live, turn))
+        except (ClaimLost, SessionBusy):
+            outcome = Outcome(State.FAILED, "worker_lost")
+        except StoreUnavailable:
+            outcome = Outcome(State.FAILED, "store_unavailable")
+        except BaseException:
+            # Also SystemExit out of a tool: an agent that raised is not trusted again.
+            outcome = self._broken(turn)
+            if agent is not None:
+                if live.agent is agent:
+                    live.agent = None
+                self.close_agent(agent)
+                agent = None
+        return self._conclude(live, turn, outcome, agent)
+
+    def _agent(self, live: Live, turn: LiveTurn) -> Agent:
+        if live.agent is None:
+            history = self._store.history(live.key)
+            agent = self._agents.build(live.key, history.messages)
+            if not live.adopt(turn, agent, history.version):
+                # Given up while it was built: nobody else will close it.
+                self.close_agent(agent)
+                raise ClaimLost
+        return t.cast(Agent, live.agent)
+
+    def _broken(self, turn: LiveTurn) -> Outcome:
+        error_id = secrets.token_hex(8)
+        self._log.exception("turn %s failed, error_id %s", turn.turn.id, error_id)
+        return Outcome(State.FAILED, "internal_error", details={"error_id": error_id})
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def _conclude(
+        self, live: Live, turn: LiveTurn, outcome: Outcome, agent: Agent | None
+    ) -> LiveTurn | None:
+        """Commit and show how *turn* ended; the one to run next, if any."""
+        if live.close_turn(turn):
+            return self._commit(live, turn, self._worded(turn, outcome), agent)
+        if turn.abandoned:
+            # Its log is closed already, and this agent is nobody's.
+            if agent is not None:
+                self.close_agent(agent)
+            return None
+        # The store's writer found that the claim is lost.
+        self.drop_agent(live)
+        return self._show(live, turn, Outcome(State.FAILED, "worker_lost"), None)
+
+    def _worded(self, turn: LiveTurn, outcome: Outcome) -> Outcome:
+        outcome = settle(outcome, turn.turn.stop_reason)
+        if outcome.status is State.COMPLETED:
+            return outcome
+        # Placeholders of the runtime are not what the agent said.
+        return dataclasses.replace(outcome, reply=turn.transcript.reply())
+
+    def _commit(
+        self, live: Live, turn: LiveTurn, outcome: Outcome, agent: Agent | None
+    ) -> LiveTurn | None:
+        """The terminal transaction, then the terminal event."""
+        if live.deleting or turn.claim is None:
+            return self._show(live, turn, outcome, None)
+        try:
+            final = self._write(live, turn, outcome, agent)
+        except ClaimLost:
+            outcome, final = Outcome(State.FAILED, "worker_lost"), None
+        except StoreUnavailable:
+            outcome, final = Outcome(State.FAILED, "store_unavailable"), None
+        except Exception:
+            outcome, final = self._broken(turn), None
+        if final is None:
+            self.drop_agent(live)
+        elif agent is not None:
+            agent.saved()
+            live.agent_version += 1
+        return self._show(live, turn, outcome, final)
+
+    def _write(self, live: Live, turn: LiveTurn, outcome: Outcome, agent: Agent | None) -> Event:
+        if agent is None:
+            # Nobody can say what the model would remember: the message, and a note.
+            appended: list[dict[str, t.Any]] = [
+                {"role": "user", "content": turn.turn.request.message},
+                {"role": "assistant", "content": lost_note(turn.transcript)},
+            ]
+            rewritten = False
+        else:
+            appended, rewritten = agent.unsaved()
+        final = live.number(turn, self._terminal(turn, outcome))
+        transcript = turn.transcript.closed(outcome.status.value)
+        finish = Finish([final], outcome, transcript, appended, rewritten, final.ts)
+        self.writer.finish(live, finish, timeout=COMMIT_TIMEOUT)
+        return final
+
+    def _terminal(self, turn: LiveTurn, outcome: Outcome) -> Draft:
+        now = self._clock()
+        began = now if turn.turn.began is None else turn.turn.began
+        return terminal(outcome, duration_ms=int((now - began) * 1000))
+
+    def _show(
+        self, live: Live, turn: LiveTurn, outcome: Outcome, final: Event | None
+    ) -> LiveTurn | None:
+        """Tell the readers. Without *final* the log does not have it: it has no number."""
+        if final is None:
+            draft = self._terminal(turn, outcome)
+            final = Event(None, turn.turn.id, draft.type, draft.data, self._clock(), draft.extra)
+        if not turn.abandoned:
+            # Before anyone is told: whoever reacts with the next turn finds room for it.
+            self._books.slot(-1)
+        following = live.end(turn, outcome, final)
+        self._books.leave(turn)
+        return following
+
+
+def call(callbacks: cabc.Iterable[Callback], reason: str) -> None:
+    """Call every one of *callbacks* with *reason*. Hold no lock."""
+    for callback in callbacks:
+        callback(reason)

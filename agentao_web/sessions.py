@@ -1,0 +1,433 @@
+"""Who is in: (tenant, user, id) -> session; admission, caps, deadlines, eviction, drain.
+
+Never sees a request, and never runs an agent: that is the runner's.
+"""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import dataclasses
+import functools
+import logging
+import os
+import threading
+import time
+import typing as t
+import uuid
+
+from agentao_web.core import limits
+from agentao_web.core.errors import Draining
+from agentao_web.core.errors import NotFound
+from agentao_web.core.errors import TooManySessions
+from agentao_web.core.errors import TooManyTurns
+from agentao_web.core.log import Event
+from agentao_web.core.names import SessionKey
+from agentao_web.core.turn import Outcome
+from agentao_web.core.turn import State
+from agentao_web.core.turn import Turn
+from agentao_web.core.turn import TurnRequest
+from agentao_web.core.turn import terminal
+from agentao_web.live import Live
+from agentao_web.live import LiveTurn
+from agentao_web.runner import COMMIT_TIMEOUT
+from agentao_web.runner import Agent
+from agentao_web.runner import Agents
+from agentao_web.runner import Books
+from agentao_web.runner import Runner
+from agentao_web.runner import steady_clock
+from agentao_web.store import Store
+from agentao_web.store.writer import Writer
+
+#: How often deadlines are looked at while turns run, and otherwise, in seconds.
+_TICK, _SLOW_TICK = 0.2, 2.0
+#: How long streams get to send the last of it when the worker goes, in seconds.
+_FAREWELL: t.Final = 2.0
+#: How far the store may be behind, in seconds.
+_BATCH: t.Final = 0.1
+
+
+class Caps(t.Protocol):
+    """The settings this room reads (agentao_web.config.Settings)."""
+
+    @property
+    def turn_timeout(self) -> float: ...
+    @property
+    def max_waiting_time(self) -> float: ...
+    @property
+    def stop_grace(self) -> float: ...
+    @property
+    def disconnect_grace(self) -> float: ...
+    @property
+    def drain_grace(self) -> float: ...
+    @property
+    def session_ttl(self) -> float: ...
+    @property
+    def max_sessions(self) -> int: ...
+    @property
+    def max_sessions_per_tenant(self) -> int | None: ...
+    @property
+    def max_turns(self) -> int: ...
+    @property
+    def max_turns_per_tenant(self) -> int | None: ...
+    @property
+    def max_queue(self) -> int: ...
+    @property
+    def log_bytes(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """A turn that was accepted, and the cursor just before its first event."""
+
+    live: Live
+    turn: LiveTurn
+
+    @property
+    def cursor(self) -> int:
+        return self.turn.cursor
+
+
+class SessionPool:
+    """Every session of a worker. Threads start with the first turn, never before a fork."""
+
+    def __init__(
+        self,
+        store: Store,
+        agents: Agents,
+        caps: Caps,
+        *,
+        clock: cabc.Callable[[], float] | None = None,
+        log: logging.Logger | None = None,
+        exhausted: cabc.Callable[[], None] = lambda: None,
+    ) -> None:
+        self.store = store
+        self.clock = clock or steady_clock()
+        self.exhausted = exhausted
+        """Called when given-up turns hold half of the places: the worker should be replaced."""
+        self._log = log or logging.getLogger("agentao_web")
+        self._agents = agents
+        self._caps = caps
+        self._books = Books()
+        self._lock = self._books.lock
+        self._map: dict[SessionKey, Live] = {}
+        self._writer = Writer(store, interval=_BATCH, log=self._log)
+        self._runner = Runner(
+            store, self._writer, agents, self._books, clock=self.clock, log=self._log
+        )
+        self._draining = False
+        self._closed = threading.Event()
+        self._nudge = threading.Event()
+        self._janitor: threading.Thread | None = None
+        self._pid: int | None = None
+
+    # -- asking --------------------------------------------------------------------------------
+
+    @property
+    def draining(self) -> bool:
+        """Whether this worker is on its way out."""
+        return self._draining
+
+    @property
+    def ready(self) -> bool:
+        """Whether new turns are welcome here."""
+        return not self._draining and self._books.given_up * 2 < self._caps.max_turns
+
+    def find(self, key: SessionKey) -> Live:
+        """The session, brought back into memory if need be; NotFound if there is none."""
+        live = self.peek(key)
+        if live is None:
+            if self._closed.is_set():
+                raise Draining
+            row = self.store.session(key)
+            if row is None or row.deleting:
+                raise NotFound("no such session")
+            live = self._open(key, row.head)
+        if live.head == 0:
+            # Its first turn is being claimed just now.
+            raise NotFound("no such session")
+        return live
+
+    def peek(self, key: SessionKey) -> Live | None:
+        """The session if it is in memory."""
+        with self._lock:
+            return self._map.get(key)
+
+    def counts(self) -> dict[str, int]:
+        """Sizes: sessions in memory, turns accepted and not ended, slots taken, given_up."""
+        with self._lock:
+            books = self._books
+            return {
+                "sessions": len(self._map),
+                "turns": len(books.turns),
+                "slots": books.slots,
+                "given_up": books.given_up,
+            }
+
+    # -- starting ------------------------------------------------------------------------------
+
+    def start(self, key: SessionKey, request: TurnRequest) -> Started:
+        """Accept a turn: its message is committed when this returns.
+
+        Raises SessionBusy, TooManyTurns, TooManySessions, Draining or StoreUnavailable; then
+        nothing has changed.
+        """
+        self._wake_up()
+        deadline = min(request.timeout or self._caps.turn_timeout, self._caps.turn_timeout)
+        turn = Turn(uuid.uuid4().hex, request, self.clock(), deadline)
+        live, admitted, holder = self._admit(key, turn)
+        try:
+            if holder is None:
+                self._runner.claim(live, admitted)
+            else:
+                self.store.enqueue(key, self._runner.row(admitted))
+        except BaseException:
+            self._take_back(live, admitted, slot=holder is None)
+            raise
+        if holder is None:
+            self._runner.start(live, admitted)
+        else:
+            if live.announce(admitted):
+                self._writer.note(live, urgent=True)
+            if request.on_busy == "interrupt":
+                self._runner.stop(live, holder, "interrupted")
+        self._nudge.set()
+        return Started(live, admitted)
+
+    def _admit(self, key: SessionKey, turn: Turn) -> tuple[Live, LiveTurn, LiveTurn | None]:
+        while True:
+            live = self.peek(key) or self._open(key, self._head(key))
+            # Registering and setting `_draining` take the same lock: refused or swept, not neither.
+            with self._lock:
+                self._refuse_if_full(key)
+                try:
+                    admitted, holder = live.admit(turn, max_queue=self._caps.max_queue)
+                except Draining:
+                    continue  # Evicted between the two lines above: out of the map already.
+                self._books.enter(admitted, live)
+                self._books.slots += holder is None
+            return live, admitted, holder
+
+    def _refuse_if_full(self, key: SessionKey) -> None:
+        if self._draining:
+            raise Draining
+        if self._books.slots >= self._caps.max_turns:
+            raise TooManyTurns("this worker runs as many turns as it may")
+        cap = self._caps.max_turns_per_tenant
+        if cap is not None:
+            mine = sum(1 for live in self._books.turns.values() if live.tenant == key.tenant)
+            if mine >= cap:
+                raise TooManyTurns("this tenant runs as many turns as it may")
+
+    def _take_back(self, live: Live, turn: LiveTurn, *, slot: bool) -> None:
+        """The store refused *turn*: as if it had never been admitted."""
+        if slot:
+            self._books.slot(-1)
+        following = live.withdraw(turn)
+        self._books.leave(turn)
+        self._runner.go_on(live, following)
+        with self._lock:
+            if live.head == 0 and self._map.get(live.key) is live and live.close():
+                del self._map[live.key]
+
+    def _head(self, key: SessionKey) -> int:
+        row = self.store.session(key)
+        return row.head if row is not None else 0
+
+    def _open(self, key: SessionKey, head: int) -> Live:
+        fresh = Live(key, head=head, log_bytes=self._caps.log_bytes, clock=self.clock)
+        with self._lock:
+            if self._closed.is_set():
+                raise Draining
+            live = self._map.setdefault(key, fresh)
+            out = self._over_caps(spare=live) if live is fresh else []
+            if live is fresh and len(self._map) - len(out) > self._caps.max_sessions:
+                del self._map[key]
+                raise TooManySessions("every session of this worker is in use")
+        self._retire(out)
+        return live
+
+    # -- stopping ------------------------------------------------------------------------------
+
+    def cancel(self, key: SessionKey) -> int:
+        """Stop the running turn and end the queued ones; how many that were."""
+        live = self.peek(key)
+        return 0 if live is None else self._runner.stop_all(live, "cancelled_by_user")
+
+    def delete(self, key: SessionKey, *, timeout: float) -> bool:
+        """Remove the session; False if its turn did not stop within *timeout* seconds.
+
+        It is then removed as soon as the turn has ended or was given up.
+        """
+        self._wake_up()
+        if not self.store.tombstone(key):
+            return True
+        live = self.peek(key) or self._open(key, self._head(key))
+        live.deleting = True
+        self._runner.stop_all(live, "session_deleted")
+        ended = self._books.wait_quiet(lambda: not live.turns(), time.monotonic() + timeout)
+        if ended:
+            self._remove(live)
+        return ended
+
+    def _remove(self, live: Live) -> None:
+        with self._lock:
+            if self._map.get(live.key) is not live:
+                return
+            del self._map[live.key]
+        draft = terminal(Outcome(State.CANCELLED, "session_deleted"), duration_ms=0)
+        live.bury(Event(None, None, draft.type, draft.data, self.clock(), draft.extra))
+        self._runner.drop_agent(live)
+        self.store.delete(live.key)
+        self._agents.forget(live.key)
+
+    # -- time ----------------------------------------------------------------------------------
+
+    def _wake_up(self) -> None:
+        """Start the janitor, once per process and only in the one that serves."""
+        if self._pid == os.getpid():
+            return
+        with self._lock:
+            if self._pid == os.getpid():
+                return
+            if self._pid is not None:
+                raise RuntimeError(
+                    "agentao-web was used before the fork. Start turns in the worker only, "
+                    "not while the application is loaded."
+                )
+            self._pid = os.getpid()
+            self._runner.worker = uuid.uuid4().hex
+            self._janitor = threading.Thread(
+                target=self._watch_time, name="agentao-janitor", daemon=True
+            )
+            self._janitor.start()
+
+    def _watch_time(self) -> None:
+        while not self._closed.is_set():
+            self._nudge.wait(_TICK if self._books.turns else _SLOW_TICK)
+            self._nudge.clear()
+            if self._books.turns:
+                self._closed.wait(_TICK / 2)
+            try:
+                self.tick(self.clock())
+            except Exception:
+                self._log.exception("the janitor stumbled")
+
+    def tick(self, now: float) -> None:
+        """Look at every deadline once: turns, readers that left, idle sessions."""
+        for turn, live in self._books.running():
+            self._check(live, turn, now)
+        with self._lock:
+            out = limits.expired(self._map.values(), now, self._caps.session_ttl)
+            out += [e for e in self._over_caps() if e not in out]
+            doomed = [live for live in self._map.values() if live.deleting and not live.turns()]
+        self._retire(out)
+        for live in doomed:
+            self._aside(functools.partial(self._remove, live))
+
+    def _check(self, live: Live, turn: LiveTurn, now: float) -> None:
+        reason = limits.overdue(turn.turn, now, max_waiting=self._caps.max_waiting_time)
+        if reason is None and turn.turn.request.on_disconnect == "cancel":
+            left_at = turn.left_at
+            if left_at is not None:
+                alone = turn.turn.awake_for(now) - left_at
+                reason = "client_gone" if alone >= self._caps.disconnect_grace else None
+        if reason is not None:
+            self._runner.stop(live, turn, reason)
+        stuck = limits.hopeless(turn.turn, now, grace=self._caps.stop_grace)
+        if stuck and turn.claim is not None and not turn.closing:
+            self._aside(functools.partial(self._give_up, live, turn))
+
+    def _give_up(self, live: Live, turn: LiveTurn) -> None:
+        if self._runner.give_up(live, turn) * 2 >= self._caps.max_turns:
+            self.exhausted()
+
+    def _over_caps(self, spare: Live | None = None) -> list[Live]:
+        caps = self._caps
+        entries = self._map.values()
+        out = limits.victims(entries, caps.max_sessions, caps.max_sessions_per_tenant)
+        return [live for live in out if live is not spare]
+
+    def _retire(self, entries: cabc.Iterable[Live]) -> None:
+        """Put idle sessions out of memory; what they were is in the store."""
+        agents: list[Agent] = []
+        for live in entries:
+            with self._lock:
+                # Out of the map before it is closed, and only if nobody came meanwhile.
+                if self._map.get(live.key) is not live or not live.close():
+                    continue
+                del self._map[live.key]
+            if live.agent is not None:
+                agents.append(live.agent)
+                live.agent = None
+        if agents:
+            self._aside(functools.partial(self._close_agents, agents))
+
+    def _close_agents(self, agents: list[Agent]) -> None:
+        for agent in agents:
+            self._runner.close_agent(agent)
+
+    def _aside(self, work: cabc.Callable[[], None]) -> None:
+        threading.Thread(target=work, name="agentao-aside", daemon=True).start()
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def drain(self, grace: float | None = None) -> None:
+        """Take no more turns, end those there are within *grace* seconds, close everything.
+
+        Queued turns end at once, running ones are stopped a little before the grace is over and
+        given up at its end. Harmless twice; a second call waits for the first.
+        """
+        grace = self._caps.drain_grace if grace is None else grace
+        start = time.monotonic()
+        with self._lock:
+            first, self._draining = not self._draining, True
+        if not first:
+            self._closed.wait(grace + COMMIT_TIMEOUT)
+            return
+        self.wake_readers()
+        for turn, live in self._books.running():
+            if turn.claim is None:
+                self._runner.stop(live, turn, "server_shutdown")
+        stopping = max(grace / 2, grace - self._caps.stop_grace)
+        self._wait_quiet(start + stopping)
+        for turn, live in self._books.running():
+            self._runner.stop(live, turn, "server_shutdown")
+        self._wait_quiet(start + grace)
+        for turn, live in self._books.running():
+            self._runner.give_up(live, turn)
+        self._wait_readers(start + grace + _FAREWELL)
+        self.close()
+
+    def _wait_quiet(self, until: float) -> None:
+        self._books.wait_quiet(lambda: not self._books.turns, until)
+
+    def _wait_readers(self, until: float) -> None:
+        """Let streams send what they have; the store is still there to ask."""
+        for live in self._sessions():
+            live.wait_unread(max(0.0, until - time.monotonic()))
+
+    def wake_readers(self) -> None:
+        """Have every reader look around."""
+        for live in self._sessions():
+            live.wake()
+
+    def _sessions(self) -> list[Live]:
+        with self._lock:
+            return list(self._map.values())
+
+    def close(self) -> None:
+        """Close every agent, the writer and the store; the turns must have ended."""
+        with self._lock:
+            self._draining = True
+            sessions, self._map = list(self._map.values()), {}
+            janitor = self._janitor
+        self._closed.set()
+        self._nudge.set()
+        if janitor is not None:
+            janitor.join(5)
+        self._writer.close(timeout=COMMIT_TIMEOUT)
+        for live in sessions:
+            live.close(force=True)
+            self._runner.drop_agent(live)
+        self._agents.close()
+        self.store.close()

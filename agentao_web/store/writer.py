@@ -1,0 +1,159 @@
+"""The one thread of a worker that writes batches of events into the store.
+
+It is at most ``interval`` seconds behind; a turn's terminal transaction goes through it too, so
+that the writes of one session never overtake each other.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import threading
+import time
+import typing as t
+
+from agentao_web.core.errors import ClaimLost
+from agentao_web.core.errors import StoreUnavailable
+from agentao_web.core.log import Event
+from agentao_web.store import Claim
+from agentao_web.store import Finish
+from agentao_web.store import Store
+
+
+class Source(t.Protocol):
+    """Something with events the store has not seen."""
+
+    def unwritten(self) -> tuple[Claim | None, list[Event]]:
+        """The present claim and what to write under it; no claim means nothing to write."""
+
+    def written(self, through: int) -> None:
+        """Everything up to *through* is in the store."""
+
+    def lost(self) -> None:
+        """The claim was taken over; nothing more may be written under it."""
+
+
+class _Job:
+    __slots__ = ("source", "finish", "done", "error")
+
+    def __init__(self, source: Source, finish: Finish) -> None:
+        self.source = source
+        self.finish = finish
+        self.done = threading.Event()
+        self.error: Exception | None = None
+
+
+class Writer:
+    """Start it by using it; close it when the last turn has ended."""
+
+    def __init__(self, store: Store, *, interval: float, log: logging.Logger) -> None:
+        self._store = store
+        self._interval = interval
+        self._log = log
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._dirty: dict[int, Source] = {}
+        self._jobs: collections.deque[_Job] = collections.deque()
+        self._urgent = False
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def note(self, source: Source, *, urgent: bool = False) -> None:
+        """*source* has something to write, within the interval or, if *urgent*, at once."""
+        with self._lock:
+            self._dirty[id(source)] = source
+            self._urgent = self._urgent or urgent
+            self._started()
+        self._wake.set()
+
+    def finish(self, source: Source, finish: Finish, *, timeout: float) -> None:
+        """Commit the end of *source*'s turn with all it has not written; raises as the store does.
+
+        After *timeout* seconds without an answer it is StoreUnavailable: whether the commit went
+        through is then for the next one to claim the session to find out.
+        """
+        job = _Job(source, finish)
+        with self._lock:
+            if self._closed:
+                raise StoreUnavailable("the store is closed")
+            self._jobs.append(job)
+            self._started()
+        self._wake.set()
+        if not job.done.wait(timeout):
+            raise StoreUnavailable("the store did not answer in time")
+        if job.error is not None:
+            raise job.error
+
+    def close(self, *, timeout: float) -> None:
+        """Write what is left and end the thread, within *timeout* seconds."""
+        with self._lock:
+            self._closed = True
+            thread = self._thread
+        self._wake.set()
+        if thread is not None:
+            thread.join(timeout)
+
+    def _started(self) -> None:
+        if self._thread is None and not self._closed:
+            self._thread = threading.Thread(target=self._run, name="agentao-writer", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            with self._lock:
+                hurry = self._urgent or bool(self._jobs) or self._closed
+            if not hurry:
+                self._pause()
+            with self._lock:
+                self._wake.clear()
+                dirty, self._dirty = list(self._dirty.values()), {}
+                jobs, self._jobs = self._jobs, collections.deque()
+                self._urgent = False
+                closed = self._closed
+            for source in dirty:
+                self._flush(source)
+            for job in jobs:
+                self._commit(job)
+            if closed and not jobs:
+                return
+
+    def _pause(self) -> None:
+        """Let a batch grow, but not past the interval, and not while something is urgent."""
+        until = time.monotonic() + self._interval
+        while (left := until - time.monotonic()) > 0:
+            self._wake.clear()
+            with self._lock:
+                if self._urgent or self._jobs or self._closed:
+                    break
+            self._wake.wait(left)
+        self._wake.set()
+
+    def _flush(self, source: Source) -> None:
+        claim, events = source.unwritten()
+        if claim is None or not events:
+            return
+        try:
+            self._store.append(claim, events)
+        except ClaimLost:
+            source.lost()
+        except Exception as exc:
+            # Kept in the source's log: the next batch, or the terminal transaction, has them.
+            self._log.warning("events not stored yet: %s", type(exc).__name__)
+        else:
+            last = events[-1].seq
+            assert last is not None
+            source.written(last)
+
+    def _commit(self, job: _Job) -> None:
+        try:
+            claim, events = job.source.unwritten()
+            if claim is None:
+                raise ClaimLost
+            finish = dataclasses.replace(job.finish, events=[*events, *job.finish.events])
+            self._store.finish(claim, finish)
+        except Exception as exc:
+            job.error = exc
+        finally:
+            job.done.set()

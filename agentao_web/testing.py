@@ -1,0 +1,181 @@
+"""For a host's tests: agents that follow a script, without a model or a network.
+
+web = AgentaoWeb(authenticate=..., agents=scripted(say("hi")))
+"""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import dataclasses
+import threading
+import typing as t
+from types import SimpleNamespace
+
+from agentao_web.agents.factory import SessionInfo
+from agentao_web.core.names import Principal
+
+#: How long a script waits for a gate before it gives the test up, in seconds.
+PATIENCE: t.Final = 30.0
+
+
+class Gate:
+    """A place in a script where a test meets the agent."""
+
+    def __init__(self) -> None:
+        self._reached = threading.Event()
+        self._opened = threading.Event()
+
+    def reached(self, timeout: float = PATIENCE) -> None:
+        """Wait until an agent stands here; AssertionError if none comes."""
+        assert self._reached.wait(timeout), "no agent came to the gate"
+
+    def open(self) -> None:
+        """Let everyone through, now and later."""
+        self._opened.set()
+
+    def _pass(self, agent: ScriptedAgent, *, stubborn: bool) -> None:
+        self._reached.set()
+        if not stubborn:
+            agent.token.add_done_callback(self._opened.set)
+        if not self._opened.wait(PATIENCE):
+            raise AssertionError("nobody opened the gate")
+
+
+Step = cabc.Callable[["ScriptedAgent"], None]
+
+
+def say(*chunks: str) -> Step:
+    """Stream *chunks*; together they are the answer."""
+
+    def step(agent: ScriptedAgent) -> None:
+        agent.text = "".join(chunks)
+        for chunk in chunks:
+            agent.emit("llm_text", chunk=chunk)
+
+    return step
+
+
+def use(tool: str, result: str = "", status: str = "ok", **args: t.Any) -> Step:
+    """Use a tool, as far as the events go."""
+
+    def step(agent: ScriptedAgent) -> None:
+        agent.tool_count += 1
+        call: dict[str, t.Any] = {"tool": tool, "call_id": f"call-{agent.tool_count}"}
+        agent.emit("tool_start", args=args, **call)
+        agent.emit("tool_complete", status=status, duration_ms=1, **call)
+        agent.emit("tool_result", content=result, **call)
+
+    return step
+
+
+def begin(tool: str, **args: t.Any) -> Step:
+    """Start a tool that never completes."""
+
+    def step(agent: ScriptedAgent) -> None:
+        agent.emit("tool_start", args=args, tool=tool, call_id="call-begun")
+
+    return step
+
+
+def pause(gate: Gate, *, stubborn: bool = False) -> Step:
+    """Wait at *gate* until it is opened or the turn is stopped; a *stubborn* one ignores a stop."""
+    return lambda agent: gate._pass(agent, stubborn=stubborn)
+
+
+def crash(error: BaseException) -> Step:
+    """Raise *error* out of the agent."""
+
+    def step(agent: ScriptedAgent) -> None:
+        raise error
+
+    return step
+
+
+def end(reason: str) -> Step:
+    """End without a whole answer: ``llm_error``, ``max_iterations``, ``length_truncated`` …"""
+
+    def step(agent: ScriptedAgent) -> None:
+        agent.reason = reason
+
+    return step
+
+
+def emit(kind: str, **data: t.Any) -> Step:
+    """Emit any event of Agentao's."""
+    return lambda agent: agent.emit(kind, **data)
+
+
+@dataclasses.dataclass
+class LastTurn:
+    """What ``agent.last_turn`` has (agentao/outcome.py)."""
+
+    text: str
+    status: str
+    incomplete_reason: str | None
+    tool_count: int
+    finish_reason_missing: bool = False
+
+
+class ScriptedAgent:
+    """Shaped like an Agentao; runs one script a turn."""
+
+    def __init__(self, scripts: Scripted, session: SessionInfo, transport: t.Any) -> None:
+        self.messages: list[dict[str, t.Any]] = list(session.history)
+        self.closed = False
+        self.last_turn: LastTurn | None = None
+        self.token: t.Any = None
+        self.text = ""
+        self.reason: str | None = None
+        self.tool_count = 0
+        self._scripts = scripts
+        self._transport = transport
+
+    def emit(self, kind: str, **data: t.Any) -> None:
+        """Send an event the way Agentao does."""
+        self._transport.emit(SimpleNamespace(type=kind, data=data))
+
+    def chat(
+        self,
+        message: str,
+        max_iterations: int = 100,
+        cancellation_token: t.Any = None,
+        images: t.Any = None,
+    ) -> str:
+        self.token, self.text, self.reason, self.tool_count = cancellation_token, "", None, 0
+        self.messages.append({"role": "user", "content": message})
+        for step in self._scripts.script_for(message):
+            if self.token.is_cancelled:
+                break
+            step(self)
+        status = "cancelled" if self.token.is_cancelled else "ok"
+        self.messages.append({"role": "assistant", "content": self.text})
+        self.last_turn = LastTurn(self.text, status, self.reason, self.tool_count)
+        return self.text
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Scripted:
+    """The ``agents=`` of an AgentaoWeb that follows scripts; remembers what it built."""
+
+    def __init__(self, default: tuple[Step, ...], by_message: dict[str, list[Step]]) -> None:
+        self.agents: list[ScriptedAgent] = []
+        self.principals: list[Principal] = []
+        self._default = default
+        self._by_message = by_message
+
+    def __call__(self, principal: Principal, session: SessionInfo, transport: t.Any) -> t.Any:
+        agent = ScriptedAgent(self, session, transport)
+        self.agents.append(agent)
+        self.principals.append(principal)
+        return agent
+
+    def script_for(self, message: str) -> cabc.Sequence[Step]:
+        """The steps that answer *message*."""
+        return self._by_message.get(message, list(self._default))
+
+
+def scripted(*steps: Step, **by_message: list[Step]) -> Scripted:
+    """Agents that answer every message with *steps*, or with those named like the message."""
+    return Scripted(steps, by_message)

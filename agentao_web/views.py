@@ -1,0 +1,431 @@
+"""Every route, each a few lines, and the one place where errors become answers."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import dataclasses
+import functools
+import logging
+import secrets
+import socket
+import typing as t
+
+from flask import Blueprint
+from flask import Response
+from flask import current_app
+from flask import jsonify
+from flask import request
+from flask import url_for
+from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import default_exceptions
+
+from agentao_web.auth import Authenticate
+from agentao_web.auth import identify
+from agentao_web.config import Settings
+from agentao_web.core.errors import Forbidden
+from agentao_web.core.errors import InternalError
+from agentao_web.core.errors import InvalidRequest
+from agentao_web.core.errors import MethodNotAllowed
+from agentao_web.core.errors import NotAcceptable
+from agentao_web.core.errors import NotFound
+from agentao_web.core.errors import PayloadTooLarge
+from agentao_web.core.errors import Unauthorized
+from agentao_web.core.errors import UnsupportedMediaType
+from agentao_web.core.errors import WebError
+from agentao_web.core.names import Principal
+from agentao_web.core.names import SessionKey
+from agentao_web.core.names import is_session_id
+from agentao_web.core.turn import State
+from agentao_web.live import Live
+from agentao_web.live import LiveTurn
+from agentao_web.readers import Reader
+from agentao_web.readers import Watcher
+from agentao_web.readers import ended
+from agentao_web.readers import poll
+from agentao_web.readers import stream
+from agentao_web.sessions import SessionPool
+from agentao_web.sessions import Started
+from agentao_web.wire import native
+from agentao_web.wire import openapi
+from agentao_web.wire import requests
+
+NAME: t.Final = "agentao"
+#: How long DELETE waits for a running turn, in seconds.
+_DELETE_WAIT: t.Final = 5.0
+#: A long-poll's defaults and bounds: seconds, events, bytes.
+_WAIT, _LIMIT, _MAX_LIMIT, _MAX_BYTES = 25, 500, 1000, 2**20
+_PAGE, _MAX_PAGE = 50, 200
+
+_BY_STATUS: t.Final[dict[int, type[WebError]]] = {
+    cls.status: cls
+    for cls in (Unauthorized, Forbidden, NotFound, NotAcceptable, UnsupportedMediaType)
+}
+
+_log = logging.getLogger("agentao_web")
+
+
+@dataclasses.dataclass
+class Parts:
+    """What belongs to one application; hangs in ``app.extensions["agentao_web"]``."""
+
+    settings: Settings
+    authenticate: Authenticate
+    pool: SessionPool
+    watcher: Watcher
+
+
+ROUTES: list[openapi.Route] = []
+View = cabc.Callable[..., t.Any]
+
+
+def route(method: str, path: str, summary: str, **doc: t.Any) -> cabc.Callable[[View], View]:
+    """Add an endpoint: this line is the only place it is named."""
+
+    def register(view: View) -> View:
+        ROUTES.append(openapi.Route(method, path, view.__name__, summary, view, **doc))
+        return view
+
+    return register
+
+
+def blueprint() -> Blueprint:
+    """A fresh blueprint with every route."""
+    bp = Blueprint(NAME, __name__)
+    for entry in ROUTES:
+        bp.add_url_rule(entry.path, entry.name, _guarded(entry), methods=[entry.method])
+    for code in default_exceptions:
+        # By code as well: a host's own handler for a code would otherwise win inside our routes.
+        bp.register_error_handler(code, _http_error)
+    bp.register_error_handler(WebError, _web_error)
+    bp.register_error_handler(Exception, _unexpected)
+    return bp
+
+
+def _guarded(entry: openapi.Route) -> View:
+    @functools.wraps(entry.view)
+    def view(**arguments: str) -> t.Any:
+        parts: Parts = current_app.extensions["agentao_web"]
+        request.max_content_length = parts.settings.max_body
+        if entry.public:
+            return entry.view(parts)
+        principal = identify(request, parts.authenticate)
+        if "sid" not in arguments:
+            return entry.view(parts, principal)
+        return entry.view(parts, _key(principal, arguments["sid"]))
+
+    return view
+
+
+def _key(principal: Principal, sid: str) -> SessionKey:
+    if not is_session_id(sid):
+        raise InvalidRequest(
+            "a session id is 1 to 128 of A-Z a-z 0-9 . _ -, and begins with a letter or digit",
+            field="session_id",
+        )
+    return SessionKey(principal.tenant, principal.user, sid)
+
+
+# -- turns -------------------------------------------------------------------------------------
+
+
+@route(
+    "POST",
+    "/chat/<sid>",
+    "Start a turn; creates or restores the session",
+    request="TurnRequest",
+    responses={200: "stream:TurnResult", 202: "Accepted"},
+    errors=(400, 401, 403, 406, 409, 413, 415, 429, 503),
+    headers=("Prefer",),
+)
+def start_turn(parts: Parts, key: SessionKey) -> Response:
+    streams = _wants_stream(default=True)
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaType
+    asked = requests.turn_request(request.get_data(), parts.settings, streams=streams)
+    started = parts.pool.start(key, asked)
+    if streams:
+        return _stream(_reader(parts, started.live, started.cursor, started.turn), lease=None)
+    wait = requests.preferred_wait(", ".join(request.headers.getlist("Prefer")))
+    if wait and ended(_reader(parts, started.live, started.cursor, started.turn), wait=wait):
+        response = jsonify(_result(key, started))
+    else:
+        response = _accepted(key, started)
+    if wait is not None:
+        response.headers["Preference-Applied"] = f"wait={wait}"
+    return response
+
+
+@route(
+    "POST",
+    "/chat/<sid>/cancel",
+    "Stop the running turn and end the queued ones",
+    responses={200: "Cancelled"},
+    errors=(400, 401, 403),
+)
+def cancel(parts: Parts, key: SessionKey) -> Response:
+    return jsonify(ok=True, cancelled=parts.pool.cancel(key))
+
+
+@route(
+    "GET",
+    "/chat/<sid>/events",
+    "Read the session's log: long-poll, or SSE if text/event-stream is asked for",
+    query=("after", "wait", "limit", "follow"),
+    responses={200: "stream:EventPage", 204: ""},
+    errors=(400, 401, 404, 406, 503),
+    headers=("Last-Event-ID",),
+)
+def events(parts: Parts, key: SessionKey) -> Response:
+    query = request.args
+    after = requests.cursor(query.get("after"), "after")
+    wait = requests.number(query.get("wait"), "wait", least=0, most=requests.MAX_WAIT)
+    limit = requests.number(query.get("limit"), "limit", least=1, most=_MAX_LIMIT)
+    follow = requests.flag(query.get("follow"), "follow")
+    if _wants_stream(default=False):
+        # What an EventSource sends when it comes back is newer than its URL.
+        last = requests.cursor(request.headers.get("Last-Event-ID"), "Last-Event-ID")
+        return _follow(parts, key, after if last is None else last, follow=follow)
+    live = parts.pool.find(key)
+    reader = _reader(parts, live, after)
+    seconds = _WAIT if wait is None else wait
+    found = poll(reader, wait=seconds, limit=limit or _LIMIT, max_bytes=_MAX_BYTES)
+    return jsonify(native.page(found, reader.cursor or 0, live.state()))
+
+
+def _follow(parts: Parts, key: SessionKey, after: int | None, *, follow: bool) -> Response:
+    live = parts.pool.find(key)
+    reader = _reader(parts, live, after)
+    if reader.caught_up and not follow:
+        return Response(status=204)
+    return _stream(reader, lease=parts.settings.stream_lease, follow=follow)
+
+
+# -- sessions ----------------------------------------------------------------------------------
+
+
+@route(
+    "DELETE",
+    "/session/<sid>",
+    "Stop the session's turn and remove it",
+    responses={200: "Deleted", 202: "Deleted"},
+    errors=(400, 401, 403, 503),
+)
+def delete_session(parts: Parts, key: SessionKey) -> Response:
+    if parts.pool.delete(key, timeout=_DELETE_WAIT):
+        return jsonify(ok=True)
+    response = jsonify(ok=True, pending=True)
+    response.status_code = 202
+    return response
+
+
+@route(
+    "GET",
+    "/session/<sid>",
+    "A snapshot: state, running and queued turns, cursor, title, usage",
+    responses={200: "Session"},
+    errors=(400, 401, 404, 503),
+)
+def snapshot(parts: Parts, key: SessionKey) -> Response:
+    live = parts.pool.find(key)
+    row = parts.pool.store.session(key)
+    if row is None:
+        raise NotFound("no such session")
+    turns = live.turns()
+    running = turns[0] if turns and turns[0].claim is not None else None
+    return jsonify(
+        session_id=key.id,
+        state=live.state(),
+        turn=running and _turn(running),
+        queued=[_turn(turn) for turn in turns if turn is not running],
+        questions=[],
+        cursor=live.head,
+        title=row.title,
+        created_at=row.created,
+        updated_at=row.updated,
+        turns=row.turns,
+        usage=dict(row.usage),
+    )
+
+
+@route(
+    "GET",
+    "/session/<sid>/messages",
+    "The transcript for display, a page at a time",
+    query=("before", "after", "page_limit"),
+    responses={200: "MessagePage"},
+    errors=(400, 401, 404, 503),
+)
+def messages(parts: Parts, key: SessionKey) -> Response:
+    before = requests.cursor(request.args.get("before"), "before")
+    after = requests.cursor(request.args.get("after"), "after")
+    if before is not None and after is not None:
+        raise InvalidRequest("give before or after, not both", field="after")
+    limit = requests.number(request.args.get("limit"), "limit", least=1, most=_MAX_PAGE) or _PAGE
+    page = parts.pool.store.transcript(key, before=before, after=after, limit=limit)
+    return jsonify(messages=page.messages, more=page.more)
+
+
+# -- open to all -------------------------------------------------------------------------------
+
+
+@route("GET", "/healthz", "Alive", public=True, responses={200: "Ok"})
+def healthz(parts: Parts) -> Response:
+    return jsonify(ok=True)
+
+
+@route("GET", "/readyz", "Ready for new turns", public=True, responses={200: "Ok", 503: "Ok"})
+def readyz(parts: Parts) -> Response:
+    ready = parts.pool.ready
+    response = jsonify(ok=ready)
+    response.status_code = 200 if ready else 503
+    return response
+
+
+@route("GET", "/openapi.json", "This contract", public=True, responses={200: "Any"})
+def openapi_json(parts: Parts) -> Response:
+    prefix = url_for(".openapi_json").removesuffix("/openapi.json")
+    return jsonify(openapi.document(ROUTES, prefix or "/"))
+
+
+# -- what they share ---------------------------------------------------------------------------
+
+
+def _wants_stream(*, default: bool) -> bool:
+    """Whether the answer is to be SSE, by ``Accept`` (RFC 9110, 12.5.1).
+
+    The higher q wins. On a tie what is named beats ``*/*``, then *default* decides.
+    """
+    accept = request.accept_mimetypes
+    if not accept:
+        return default
+    sse, json_ = accept["text/event-stream"], accept["application/json"]
+    if not (sse or json_):
+        raise NotAcceptable
+    if sse != json_:
+        return sse > json_
+    named = {value.partition(";")[0].strip().lower() for value in accept.values()}
+    if ("text/event-stream" in named) != ("application/json" in named):
+        return "text/event-stream" in named
+    return default
+
+
+def _reader(parts: Parts, live: Live, cursor: int | None, turn: LiveTurn | None = None) -> Reader:
+    sock = _socket()
+    if sock is not None:
+        # A reader that takes nothing must not hold its thread for ever.
+        sock.settimeout(parts.settings.send_timeout)
+    pool = parts.pool
+    # The stream of a turn lives as long as the turn; all others end when the worker goes.
+    dismissed = (lambda: False) if turn is not None else (lambda: pool.draining)
+    return Reader(
+        live, pool.store, cursor, turn=turn, watcher=parts.watcher, sock=sock, dismissed=dismissed
+    )
+
+
+def _socket() -> socket.socket | None:
+    """The client's connection, where the server shows it: Gunicorn and Werkzeug do."""
+    for name in ("gunicorn.socket", "werkzeug.socket"):
+        sock = request.environ.get(name)
+        if isinstance(sock, socket.socket):
+            return sock
+    return None
+
+
+def _stream(reader: Reader, *, lease: float | None, follow: bool = False) -> Response:
+    parts: Parts = current_app.extensions["agentao_web"]
+    body = stream(
+        reader,
+        t.cast(t.Any, native),
+        heartbeat=parts.settings.heartbeat,
+        lease=lease,
+        follow=follow,
+    )
+    return Response(body, content_type=native.CONTENT_TYPE, headers=native.HEADERS)
+
+
+def _accepted(key: SessionKey, started: Started) -> Response:
+    turn = started.turn.turn
+    url = url_for(".events", sid=key.id, after=started.cursor)
+    response = jsonify(
+        session_id=key.id,
+        turn_id=turn.id,
+        status="queued" if turn.state is State.QUEUED else "running",
+        cursor=started.cursor,
+        events_url=url,
+    )
+    response.status_code = 202
+    response.headers["Location"] = url
+    return response
+
+
+def _result(key: SessionKey, started: Started) -> dict[str, t.Any]:
+    """How a turn ended, for a client that waited."""
+    final = started.turn.final
+    assert final is not None
+    return {
+        "session_id": key.id,
+        "turn_id": started.turn.turn.id,
+        "reply": "",
+        **final.data,
+        **final.extra,
+        "cursor": started.live.head if final.seq is None else final.seq,
+    }
+
+
+def _turn(live: LiveTurn) -> dict[str, t.Any]:
+    turn = live.turn
+    return {
+        "turn_id": turn.id,
+        "state": turn.state.value,
+        "message": turn.request.message,
+        "created_at": turn.created,
+        "cursor": live.cursor,
+    }
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+
+def _web_error(error: WebError) -> Response:
+    response = jsonify(error.as_dict())
+    response.status_code = error.status
+    if error.retry_after is not None:
+        response.headers["Retry-After"] = str(error.retry_after)
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = 'Bearer realm="agentao"'
+    if isinstance(error, MethodNotAllowed):
+        response.headers["Allow"] = ", ".join(error.allowed)
+    return response
+
+
+def _http_error(error: HTTPException) -> t.Any:
+    """What Werkzeug or the host raised inside our routes, in our form."""
+    code = error.code or 500
+    if code < 400 or error.response is not None:
+        return error
+    if code == 413:
+        return _web_error(PayloadTooLarge(limit=request.max_content_length))
+    if code >= 500:
+        return _unexpected(error)
+    response = _web_error(_BY_STATUS.get(code, InvalidRequest)())
+    response.status_code = code
+    return response
+
+
+def _unexpected(error: Exception) -> Response:
+    """Anything else: an id for the client, the traceback for the log."""
+    error_id = secrets.token_hex(8)
+    _log.error("error_id %s at %s", error_id, request.url_rule, exc_info=error)
+    return _web_error(InternalError(error_id=error_id))
+
+
+def no_such_method(**_: str) -> t.Any:
+    """A path of ours with a method that is not: registered behind every route, for any method."""
+    adapter = current_app.url_map.bind_to_environ(request.environ)
+    allowed = {m for m in adapter.allowed_methods() if m in {"GET", "HEAD", "POST", "DELETE"}}
+    raise MethodNotAllowed(allowed | {"OPTIONS"})
+
+
+def no_such_path(**_: str) -> t.Any:
+    """Any other path below a prefix of our own."""
+    raise NotFound

@@ -1,0 +1,284 @@
+"""The contract as an OpenAPI 3.1 document, made from the routes themselves."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import dataclasses
+import re
+import typing as t
+
+from agentao_web.core.errors import FAILURES
+from agentao_web.core.turn import STOP_REASONS
+from agentao_web.core.turn import State
+
+Schema = dict[str, t.Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """One endpoint: where it is, what it takes, what it answers."""
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    view: cabc.Callable[..., t.Any]
+    public: bool = False
+    request: str | None = None
+    query: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ()
+    responses: cabc.Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """Status -> name of a schema; ``stream:NAME`` for SSE or, as JSON, NAME; "" for no body."""
+    errors: tuple[int, ...] = ()
+
+
+def document(routes: cabc.Iterable[Route], server: str) -> Schema:
+    """The document for *routes* mounted at *server*."""
+    paths: dict[str, Schema] = {}
+    for route in routes:
+        path = re.sub(r"<(\w+)>", r"{\1}", route.path)
+        paths.setdefault(path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "agentao-web",
+            "version": "1",
+            "description": "Agents over HTTP: a POST starts a turn; its events are a numbered log.",
+        },
+        "servers": [{"url": server}],
+        "paths": paths,
+        "components": {
+            "schemas": SCHEMAS,
+            "parameters": _PARAMETERS,
+            "responses": {"Error": _error_response()},
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"bearer": []}],
+    }
+
+
+def _operation(route: Route) -> Schema:
+    names = [*(("sid",) if "<sid>" in route.path else ()), *route.query, *route.headers]
+    operation: Schema = {
+        "operationId": route.name,
+        "summary": route.summary,
+        "responses": _responses(route),
+    }
+    if names:
+        operation["parameters"] = [{"$ref": f"#/components/parameters/{n}"} for n in names]
+    if route.public:
+        operation["security"] = []
+    if route.request is not None:
+        content = {"application/json": {"schema": _ref(route.request)}}
+        operation["requestBody"] = {"required": True, "content": content}
+    return operation
+
+
+def _responses(route: Route) -> Schema:
+    found = {str(code): _response(code, name) for code, name in route.responses.items()}
+    error = {"$ref": "#/components/responses/Error"}
+    found |= {str(code): error for code in route.errors}
+    return {**found, "500": error} if not route.public else found
+
+
+def _response(code: int, name: str) -> Schema:
+    if not name:
+        return {"description": "Nothing more; do not connect again"}
+    streams, _, schema = name.rpartition(":")
+    content: Schema = {"application/json": {"schema": _ref(schema)}}
+    if streams:
+        # Each message's data is an Event; an id is its seq.
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    response: Schema = {"description": schema, "content": content}
+    if code == 202 and schema == "Accepted":
+        response["headers"] = {"Location": {"schema": {"type": "string"}}}
+    return response
+
+
+def _error_response() -> Schema:
+    return {
+        "description": "What is wrong",
+        "headers": {
+            "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds"},
+            "WWW-Authenticate": {"schema": {"type": "string"}},
+        },
+        "content": {"application/json": {"schema": _ref("Error")}},
+    }
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _object(required: str = "", /, **properties: Schema) -> Schema:
+    schema: Schema = {"type": "object", "properties": properties}
+    if required:
+        schema["required"] = required.split()
+    return schema
+
+
+_STRING: t.Final[Schema] = {"type": "string"}
+_INTEGER: t.Final[Schema] = {"type": "integer", "minimum": 0}
+_NUMBER: t.Final[Schema] = {"type": "number"}
+_BOOLEAN: t.Final[Schema] = {"type": "boolean"}
+_ANY_OBJECT: t.Final[Schema] = {"type": "object"}
+_USAGE: t.Final[Schema] = {"type": "object", "additionalProperties": {"type": "integer"}}
+
+
+def _enum(*values: str) -> Schema:
+    return {"type": "string", "enum": list(values)}
+
+
+def _list(of: Schema) -> Schema:
+    return {"type": "array", "items": of}
+
+
+#: Event types that leave the server.
+EVENT_TYPES: t.Final = (
+    "turn_queued",
+    "turn_begin",
+    "llm_text",
+    "thinking",
+    "tool_start",
+    "tool_output",
+    "tool_complete",
+    "tool_result",
+    "usage",
+    "llm_retry",
+    "context_compressed",
+    "agent_start",
+    "agent_end",
+    "gap",
+    "done",
+    "error",
+)
+
+_IMAGE = _object(
+    "data mimeType",
+    data={"type": "string", "contentEncoding": "base64"},
+    mimeType=_enum("image/png", "image/jpeg", "image/gif", "image/webp"),
+)
+_TURN = _object(
+    "turn_id state message created_at cursor",
+    turn_id=_STRING,
+    state=_enum(*(s.value for s in State)),
+    message=_STRING,
+    created_at=_NUMBER,
+    cursor=_INTEGER,
+)
+_ENDS = [s.value for s in State if s not in {State.QUEUED, State.RUNNING, State.WAITING}]
+
+SCHEMAS: t.Final[dict[str, Schema]] = {
+    "Any": _ANY_OBJECT,
+    "Ok": _object("ok", ok=_BOOLEAN),
+    "Error": _object("code message details", code=_STRING, message=_STRING, details=_ANY_OBJECT),
+    "TurnRequest": _object(
+        "message",
+        message={"type": "string", "minLength": 1},
+        images=_list(_IMAGE),
+        on_busy={**_enum("reject", "queue", "interrupt"), "default": "reject"},
+        on_disconnect=_enum("cancel", "continue"),
+        timeout={"type": "number", "exclusiveMinimum": 0},
+    ),
+    "Accepted": _object(
+        "session_id turn_id status cursor events_url",
+        session_id=_STRING,
+        turn_id=_STRING,
+        status=_enum("queued", "running"),
+        cursor=_INTEGER,
+        events_url=_STRING,
+    ),
+    "TurnResult": _object(
+        "session_id turn_id status reply cursor",
+        session_id=_STRING,
+        turn_id=_STRING,
+        status=_enum(*_ENDS),
+        reason={
+            "type": ["string", "null"],
+            "examples": [*STOP_REASONS, *FAILURES],
+        },
+        reply=_STRING,
+        usage=_USAGE,
+        tool_count=_INTEGER,
+        duration_ms=_INTEGER,
+        cursor=_INTEGER,
+        error=_ref("Error"),
+        details=_ANY_OBJECT,
+    ),
+    "Event": _object(
+        "seq turn_id type data ts",
+        seq={"type": ["integer", "null"], "description": "The cursor; null: never stored"},
+        turn_id={"type": ["string", "null"]},
+        type=_enum(*EVENT_TYPES),
+        data=_ANY_OBJECT,
+        ts={"type": "number", "description": "Unix seconds"},
+        reply={"type": "string", "description": "Of done: the last answer"},
+        error=_ref("Error"),
+    ),
+    "EventPage": _object(
+        "events cursor state",
+        events=_list(_ref("Event")),
+        cursor=_INTEGER,
+        state=_enum("idle", "running", "waiting"),
+    ),
+    "Cancelled": _object("ok cancelled", ok=_BOOLEAN, cancelled=_INTEGER),
+    "Deleted": _object("ok", ok=_BOOLEAN, pending=_BOOLEAN),
+    "Session": _object(
+        "session_id state queued questions cursor title created_at updated_at turns usage",
+        session_id=_STRING,
+        state=_enum("idle", "running", "waiting"),
+        turn={"anyOf": [_TURN, {"type": "null"}]},
+        queued=_list(_TURN),
+        questions=_list(_ANY_OBJECT),
+        cursor=_INTEGER,
+        title=_STRING,
+        created_at=_NUMBER,
+        updated_at=_NUMBER,
+        turns=_INTEGER,
+        usage=_USAGE,
+    ),
+    "MessagePage": _object(
+        "messages more",
+        messages=_list(
+            _object("id role turn_id ts", id=_INTEGER, role=_enum("user", "assistant", "tool"))
+        ),
+        more=_BOOLEAN,
+    ),
+}
+
+
+def _query(name: str, description: str, schema: Schema) -> Schema:
+    return {"name": name, "in": "query", "description": description, "schema": schema}
+
+
+_PARAMETERS: t.Final[dict[str, Schema]] = {
+    "sid": {
+        "name": "sid",
+        "in": "path",
+        "required": True,
+        "description": "The session, named by the client; unique per tenant and user",
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"},
+    },
+    "after": _query("after", "The cursor: the last seq (or id) already seen", _INTEGER),
+    "before": _query("before", "Entries older than this id", _INTEGER),
+    "wait": _query("wait", "Seconds to wait; 25 unless told", {**_INTEGER, "maximum": 60}),
+    "limit": _query("limit", "Events at most", {"type": "integer", "minimum": 1, "maximum": 1000}),
+    "page_limit": _query(
+        "limit", "Entries at most", {"type": "integer", "minimum": 1, "maximum": 200}
+    ),
+    "follow": _query(
+        "follow", "1: the stream stays when idle", {"type": "integer", "enum": [0, 1]}
+    ),
+    "Prefer": {
+        "name": "Prefer",
+        "in": "header",
+        "description": "wait=N: with application/json, wait up to N (60) seconds for the end",
+        "schema": _STRING,
+    },
+    "Last-Event-ID": {
+        "name": "Last-Event-ID",
+        "in": "header",
+        "description": "The cursor of a returning EventSource; wins over after",
+        "schema": _STRING,
+    },
+}

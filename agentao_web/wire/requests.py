@@ -1,0 +1,174 @@
+"""Reads what clients send; everything that is not as it should be is InvalidRequest or a kin."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import typing as t
+
+from agentao_web.core.errors import InvalidRequest
+from agentao_web.core.errors import PayloadTooLarge
+from agentao_web.core.log import MAX_SEQ
+from agentao_web.core.turn import TurnRequest
+
+#: What the model's providers take inline (agentao/media_limits.py), and how each begins.
+_IMAGES: t.Final = {
+    "image/png": (b"\x89PNG\r\n\x1a\n",),
+    "image/jpeg": (b"\xff\xd8\xff",),
+    "image/gif": (b"GIF87a", b"GIF89a"),
+    "image/webp": (b"RIFF",),
+}
+#: RFC 7240, section 4.3.
+_WAIT = re.compile(r'(?:^|[,;\s])wait\s*=\s*"?(\d{1,9})"?\s*(?:[,;]|$)')
+_INTEGER = re.compile(r"\d{1,16}")
+MAX_WAIT: t.Final = 60
+_MISSING: t.Final = object()
+
+
+def json_object(body: bytes) -> dict[str, t.Any]:
+    """*body* as a JSON object; InvalidRequest says what is wrong with it."""
+    if not body.strip():
+        raise InvalidRequest("the body is empty; send a JSON object", field="body")
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError:
+        raise InvalidRequest("the body is not UTF-8", field="body") from None
+    except RecursionError:
+        raise InvalidRequest("the JSON is nested too deeply", field="body") from None
+    except ValueError as exc:
+        where = {"line": exc.lineno, "column": exc.colno} if _is_json(exc) else {}
+        raise InvalidRequest("the body is not valid JSON", field="body", **where) from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("the body must be a JSON object", field="body")
+    return value
+
+
+class Limits(t.Protocol):
+    """The settings that bound a message (agentao_web.config.Settings)."""
+
+    @property
+    def max_message(self) -> int: ...
+    @property
+    def max_images(self) -> int: ...
+    @property
+    def turn_timeout(self) -> float: ...
+
+
+def turn_request(body: bytes, limits: Limits, *, streams: bool) -> TurnRequest:
+    """The body of ``POST /chat/<sid>``; fields nobody knows are ignored."""
+    fields = json_object(body)
+    default = "cancel" if streams else "continue"
+    return TurnRequest(
+        message=_message(fields, limits.max_message),
+        images=_images(fields, limits.max_images),
+        on_busy=_choice(fields, "on_busy", "reject", ("reject", "queue", "interrupt")),
+        on_disconnect=_choice(fields, "on_disconnect", default, ("cancel", "continue")),
+        timeout=_timeout(fields, limits.turn_timeout),
+    )
+
+
+def _message(fields: dict[str, t.Any], limit: int) -> str:
+    message = fields.get("message", _MISSING)
+    if message is _MISSING:
+        raise InvalidRequest("message is missing", field="message")
+    text = _text(message, "message")
+    if not text.strip():
+        raise InvalidRequest("message is blank", field="message")
+    size = len(text.encode())
+    if size > limit:
+        raise PayloadTooLarge("message is too long", field="message", bytes=size, limit=limit)
+    return text
+
+
+def _text(value: t.Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{field} must be a string", field=field)
+    if "\0" in value:
+        raise InvalidRequest(f"{field} contains the character U+0000", field=field)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # A lone surrogate passes JSON, and would break the conversation for ever.
+        raise InvalidRequest(f"{field} contains a lone surrogate", field=field) from None
+    return value
+
+
+def _choice(fields: dict[str, t.Any], name: str, default: str, choices: tuple[str, ...]) -> t.Any:
+    value = fields.get(name, default)
+    if value not in choices or not isinstance(value, str):
+        raise InvalidRequest(f"{name} must be one of {', '.join(choices)}", field=name)
+    return value
+
+
+def _timeout(fields: dict[str, t.Any], limit: float) -> float | None:
+    value = fields.get("timeout")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= limit:
+        raise InvalidRequest(
+            f"timeout must be a number of seconds, above 0 and at most {limit:g}", field="timeout"
+        )
+    return float(value)
+
+
+def _images(fields: dict[str, t.Any], limit: int) -> tuple[dict[str, str], ...]:
+    images = fields.get("images")
+    if images is None:
+        return ()
+    if not isinstance(images, list):
+        raise InvalidRequest("images must be a list", field="images")
+    if len(images) > limit:
+        raise PayloadTooLarge("too many images", field="images", count=len(images), limit=limit)
+    return tuple(_image(image, f"images[{i}]") for i, image in enumerate(images))
+
+
+def _image(image: t.Any, field: str) -> dict[str, str]:
+    if not isinstance(image, dict):
+        raise InvalidRequest(f"{field} must be an object with data and mimeType", field=field)
+    kind, data = image.get("mimeType"), image.get("data")
+    if not isinstance(kind, str) or kind not in _IMAGES:
+        raise InvalidRequest(f"{field}.mimeType must be one of {', '.join(_IMAGES)}", field=field)
+    if not isinstance(data, str):
+        raise InvalidRequest(f"{field}.data must be base64 text", field=field)
+    try:
+        raw = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest(f"{field}.data is not base64", field=field) from None
+    if not raw.startswith(_IMAGES[kind]):
+        raise InvalidRequest(f"{field}.data is no {kind}", field=field)
+    return {"mimeType": kind, "data": data}
+
+
+def number(value: str | None, name: str, *, least: int, most: int) -> int | None:
+    """A whole number of the query string or of a header, or None if it is not there."""
+    if value is None:
+        return None
+    if not _INTEGER.fullmatch(value) or not value.isascii() or not least <= int(value) <= most:
+        raise InvalidRequest(f"{name} must be a whole number from {least} to {most}", field=name)
+    return int(value)
+
+
+def cursor(value: str | None, name: str) -> int | None:
+    """A cursor: the last ``seq`` a reader has seen."""
+    return number(value, name, least=0, most=MAX_SEQ)
+
+
+def flag(value: str | None, name: str) -> bool:
+    """``1`` or ``0`` of the query string; missing is no."""
+    return bool(number(value, name, least=0, most=1))
+
+
+def preferred_wait(header: str | None) -> int | None:
+    """Seconds of ``Prefer: wait=N`` (RFC 7240), at most 60; a preference not understood is none."""
+    found = _WAIT.search(header or "")
+    return min(int(found[1]), MAX_WAIT) if found else None
+
+
+def _no_constant(name: str) -> t.NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_json(exc: ValueError) -> t.TypeGuard[json.JSONDecodeError]:
+    return isinstance(exc, json.JSONDecodeError)

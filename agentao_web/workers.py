@@ -1,0 +1,100 @@
+"""Gunicorn's side: its settings for us, and the hooks that make a worker leave cleanly.
+
+Use it as it is (``-c python:agentao_web.workers``) or import the three hooks into a config of your
+own. Gunicorn calls no hook when SIGTERM arrives and never closes a stream by itself, so the drain
+is ours: SIGTERM is seen through the handler we wrap, max_requests and a dead master by looking.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import threading
+import types
+import typing as t
+
+from agentao_web import extension
+from agentao_web.config import Settings
+from agentao_web.config import from_environment
+
+_settings = Settings.from_mapping(from_environment())
+
+worker_class = "gthread"
+workers = _settings.workers
+threads = 128
+worker_connections = 1000
+keepalive = 75
+# Longer than a drain takes; it bounds a worker's main thread, never a stream.
+graceful_timeout = int(_settings.drain_grace) + 10
+timeout = graceful_timeout + 10
+# Otherwise a socket in the home directory.
+control_socket_disable = True
+
+#: How often worker.alive and the master are looked at, in seconds.
+_GLANCE: t.Final = 0.25
+#: Seconds turns get when the worker has to leave at once (SIGINT, SIGQUIT).
+_QUICK_GRACE: t.Final = 2.0
+
+
+def post_worker_init(worker: t.Any) -> None:
+    """Watch for the end of this worker: after the fork, once the application is loaded."""
+    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def on_term(signum: int, frame: types.FrameType | None) -> None:
+        os.write(write_end, b"x")
+        if callable(before):
+            before(signum, frame)
+
+    signal.signal(signal.SIGTERM, on_term)
+    signal.siginterrupt(signal.SIGTERM, False)
+    for app in extension.apps():
+        extension.pool_of(app).exhausted = _replace_me
+    threading.Thread(
+        target=_watch, args=(worker, os.getppid(), read_end), name="agentao-drain", daemon=True
+    ).start()
+
+
+def worker_int(worker: t.Any) -> None:
+    """SIGINT or SIGQUIT: leave at once, but tell everyone."""
+    _shutdown_all(_QUICK_GRACE)
+
+
+def worker_exit(server: t.Any, worker: t.Any) -> None:
+    """The last of this process; Gunicorn calls it in the master too, for a worker that is gone."""
+    if os.getpid() != worker.pid:
+        return
+    _shutdown_all(None)
+    if threading.active_count() > 1:
+        # A thread that does not end would keep the interpreter from leaving.
+        logging.shutdown()
+        os._exit(0)
+
+
+def _watch(worker: t.Any, master: int, pipe: int) -> None:
+    while not select.select([pipe], [], [], _GLANCE)[0]:
+        if not worker.alive:
+            break
+        if os.getppid() != master:
+            worker.alive = False
+            break
+    _shutdown_all(None)
+
+
+def _shutdown_all(grace: float | None) -> None:
+    threads = [
+        threading.Thread(target=extension.shutdown, args=(app, grace), daemon=True)
+        for app in extension.apps()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(graceful_timeout)
+
+
+def _replace_me() -> None:
+    """Too many threads are lost to turns that do not end: have the master start a fresh worker."""
+    logging.getLogger("agentao_web").error("half of the turn slots are lost; leaving")
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,19 @@
+"""What every test gets: no thread outlives it."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import threading
+import time
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_thread_outlives_its_test() -> cabc.Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    until = time.monotonic() + 10
+    while left := [t for t in threading.enumerate() if t not in before and t.is_alive()]:
+        assert time.monotonic() < until, f"threads left behind: {left}"
+        left[0].join(0.1)

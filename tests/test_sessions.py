@@ -1,0 +1,604 @@
+"""The pool: admission, turns and their endings, stopping, deletion, eviction, drain."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import threading
+import typing as t
+
+import pytest
+
+from agentao_web.core.errors import ClaimLost
+from agentao_web.core.errors import Draining
+from agentao_web.core.errors import NotFound
+from agentao_web.core.errors import SessionBusy
+from agentao_web.core.errors import StoreUnavailable
+from agentao_web.core.errors import TooManySessions
+from agentao_web.core.errors import TooManyTurns
+from agentao_web.core.log import EVENTS_PER_CLAIM
+from agentao_web.core.log import Draft
+from agentao_web.core.turn import Outcome
+from agentao_web.core.turn import State
+from agentao_web.core.turn import TurnRequest
+from agentao_web.readers import Reader
+from agentao_web.runner import Stage
+from tests.pool_fakes import PATIENCE
+from tests.pool_fakes import FakeAgent
+from tests.pool_fakes import Gate
+from tests.pool_fakes import Probe
+from tests.pool_fakes import read_until
+from tests.pool_fakes import until_stopped
+
+Make = cabc.Callable[..., Probe]
+
+
+@pytest.fixture
+def probe() -> cabc.Iterator[Make]:
+    made: list[Probe] = []
+
+    def make(*args: t.Any, **caps: t.Any) -> Probe:
+        made.append(Probe(*args, **caps))
+        return made[-1]
+
+    yield make
+    for p in made:
+        p.pool.drain(grace=2)
+
+
+def types(events: cabc.Iterable[t.Any]) -> list[str]:
+    return [e.type for e in events]
+
+
+# -- a turn ------------------------------------------------------------------------------------
+
+
+def test_a_turn_goes_from_its_message_to_done(probe: Make) -> None:
+    p = probe()
+    events = p.events(p.start("hello"))
+    assert types(events) == ["turn_begin", "llm_text", "done"]
+    assert events[0].data["message"] == "hello"
+    assert events[-1].data["status"] == "completed"
+    assert events[-1].extra == {"reply": "ok"}
+    assert types(p.log()) == types(events), "the store has the same"
+    assert p.pool.counts()["turns"] == 0
+
+
+def test_the_next_turn_has_a_new_generation_and_the_same_agent(probe: Make) -> None:
+    p = probe()
+    first, second = p.run("a"), p.run("b")
+    assert first.seq is not None and second.seq is not None
+    assert second.seq >> 20 > first.seq >> 20
+    assert len(p.agents.built) == 1
+    assert [m["content"] for m in p.store.history(p.key()).messages] == ["a", "ok", "b", "ok"]
+
+
+def test_fifty_first_requests_at_once_build_one_agent(probe: Make) -> None:
+    gate = Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        gate.stand()
+
+    p = probe(script, max_turns=64)
+    barrier = threading.Barrier(50)
+    outcomes: list[t.Any] = []
+
+    def ask() -> None:
+        barrier.wait(PATIENCE)
+        try:
+            outcomes.append(p.start("hi"))
+        except SessionBusy as exc:
+            outcomes.append(exc)
+
+    threads = [threading.Thread(target=ask) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    started = [o for o in outcomes if not isinstance(o, SessionBusy)]
+    assert (len(started), len(outcomes)) == (1, 50)
+    gate.meet()
+    gate.opened.set()
+    assert p.finish(started[0]).data["status"] == "completed"
+    assert len(p.agents.built) == 1
+
+
+def test_building_one_agent_does_not_hold_up_another_session(probe: Make) -> None:
+    p = probe()
+    p.run(sid="ready")
+    p.agents.building = Gate()
+    slow = p.start(sid="slow")
+    p.agents.building.meet()
+    assert p.run(sid="ready").data["status"] == "completed"
+    p.agents.building.opened.set()
+    assert p.finish(slow).data["status"] == "completed"
+
+
+def test_an_agent_that_raises_ends_the_turn_and_is_not_used_again(probe: Make) -> None:
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        if request.message == "bad":
+            raise SystemExit("a tool left")
+
+    p = probe(script)
+    failed = p.run("bad")
+    assert failed.type == "error"
+    assert failed.extra["error"]["code"] == "internal_error"
+    assert "a tool left" not in str(failed)
+    assert len(failed.extra["error"]["details"]["error_id"]) == 16
+    assert p.agents.built[0].closed == 1
+    assert p.run("good").data["status"] == "completed"
+    assert [m["role"] for m in p.agents.built[1].messages[:2]] == ["user", "assistant"]
+    assert "cut off" in p.agents.built[1].messages[1]["content"]
+
+
+def test_an_agent_that_cannot_be_built_ends_the_turn(probe: Make) -> None:
+    p = probe()
+    p.agents.build = t.cast(t.Any, lambda key, history: 1 / 0)
+    assert p.run().extra["error"]["code"] == "internal_error"
+
+
+def test_a_turn_that_says_too_much_ends_at_the_claims_last_number(probe: Make) -> None:
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        stopped = threading.Event()
+        stage.on_stop(lambda reason: stopped.set())
+        for _ in range(EVENTS_PER_CLAIM + 10):
+            stage.publish(Draft("llm_text", {"chunk": "x"}))
+            if stopped.is_set():
+                return
+
+    p = probe(script)
+    last = p.run()
+    assert (last.data["status"], last.data["reason"]) == ("incomplete", "event_limit")
+
+
+# -- busy --------------------------------------------------------------------------------------
+
+
+def test_a_second_turn_is_refused_and_changes_nothing(probe: Make) -> None:
+    p = probe(until_stopped)
+    first = p.start("one")
+    with pytest.raises(SessionBusy) as refused:
+        p.start("two")
+    assert refused.value.details["turn_id"] == first.turn.turn.id
+    p.pool.cancel(p.key())
+    assert p.finish(first).data["reason"] == "cancelled_by_user"
+    assert "two" not in str(p.log())
+
+
+def test_a_queued_turn_runs_after_the_running_one(probe: Make) -> None:
+    gate = Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        if request.message == "one":
+            gate.stand()
+
+    p = probe(script)
+    one = p.start("one")
+    gate.meet()
+    two = p.start("two", on_busy="queue")
+    three = p.start("three", on_busy="queue")
+    assert [e.turn.state for e in one.live.turns()] == ["running", "queued", "queued"]
+    gate.opened.set()
+    assert types(p.events(two)) == ["turn_queued", "turn_begin", "done"]
+    assert p.events(two)[0].data["position"] == 1
+    assert p.events(three)[0].data["position"] == 2
+    assert p.finish(three).data["status"] == "completed"
+    contents = [m["content"] for m in p.store.history(p.key()).messages if m["role"] == "user"]
+    assert contents == ["one", "two", "three"]
+
+
+def test_a_full_queue_refuses(probe: Make) -> None:
+    p = probe(until_stopped, max_queue=1)
+    first = p.start()
+    p.start("two", on_busy="queue")
+    with pytest.raises(TooManyTurns):
+        p.start("three", on_busy="queue")
+    with pytest.raises(TooManyTurns):
+        p.start("three", on_busy="interrupt")
+    assert first.turn.turn.stop_reason is None, "a refused interrupt interrupts nobody"
+    assert p.pool.cancel(p.key()) == 2
+
+
+def test_interrupt_stops_the_running_turn_and_goes_first(probe: Make) -> None:
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        if request.message == "one":
+            until_stopped(agent, request, stage)
+
+    p = probe(script)
+    one = p.start("one")
+    two = p.start("two", on_busy="queue")
+    three = p.start("three", on_busy="interrupt")
+    assert p.finish(one).data["reason"] == "interrupted"
+    assert p.finish(three).data["status"] == "completed"
+    assert p.finish(two).data["status"] == "completed"
+    began = [e.data["message"] for e in p.log() if e.type == "turn_begin"]
+    assert began == ["one", "three", "two"]
+
+
+def test_the_worker_and_a_tenant_have_only_so_many_turns(probe: Make) -> None:
+    p = probe(until_stopped, max_turns=2, max_turns_per_tenant=1)
+    p.start(sid="a")
+    with pytest.raises(TooManyTurns, match="tenant"):
+        p.start(sid="b")
+    p.pool.start(p.key(tenant="other"), TurnRequest("hi"))
+    with pytest.raises(TooManyTurns, match="worker"):
+        p.pool.start(p.key(tenant="third"), TurnRequest("hi"))
+    assert p.pool.cancel(p.key("a")) == 1
+    assert p.pool.cancel(p.key(tenant="other")) == 1
+
+
+def test_whoever_reads_done_finds_room_for_the_next_turn(probe: Make) -> None:
+    p = probe(max_turns=1)
+    for n in range(50):
+        assert p.run(f"{n}").data["status"] == "completed"
+
+
+# -- stopping ----------------------------------------------------------------------------------
+
+
+def test_cancel_while_the_agent_is_built(probe: Make) -> None:
+    p = probe()
+    p.agents.building = Gate()
+    started = p.start()
+    p.agents.building.meet()
+    assert p.pool.cancel(p.key()) == 1
+    p.agents.building.opened.set()
+    assert p.finish(started).data["reason"] == "cancelled_by_user"
+
+
+def test_cancel_ends_the_queued_turns_too(probe: Make) -> None:
+    p = probe(until_stopped)
+    first = p.start()
+    read_until(p.pool, first, "llm_text")
+    queued = [p.start(f"{n}", on_busy="queue") for n in range(3)]
+    assert p.pool.cancel(p.key()) == 4
+    for started in [first, *queued]:
+        assert p.finish(started).data["reason"] == "cancelled_by_user"
+    ends = [e for e in p.log() if e.type == "done"]
+    assert len({e.turn_id for e in ends}) == len(ends) == 4
+    assert p.pool.cancel(p.key()) == 0
+
+
+def test_cancel_of_an_unknown_or_idle_session_does_nothing(probe: Make) -> None:
+    p = probe()
+    assert p.pool.cancel(p.key()) == 0
+    p.run()
+    assert p.pool.cancel(p.key()) == 0
+
+
+def test_a_turn_has_a_running_time(probe: Make) -> None:
+    p = probe(until_stopped)
+    started = p.start(timeout=0.05)
+    assert (e := p.finish(started)).data["status"] == "timed_out"
+    assert e.data["reason"] == "turn_timeout"
+
+
+def test_a_turn_that_ignores_its_stop_is_given_up(probe: Make) -> None:
+    gate = Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        if request.message == "stuck":
+            stage.publish(Draft("tool_start", {"call_id": "1", "tool": "slow", "args": {}}))
+            gate.stand()
+            stage.publish(Draft("llm_text", {"chunk": "too late"}))
+
+    p = probe(script, stop_grace=0.05)
+    stuck = p.start("stuck")
+    gate.meet()
+    waiting = p.start("next", on_busy="queue")
+    p.pool._runner.stop(stuck.live, stuck.turn, "turn_timeout")
+    last = p.finish(stuck)
+    assert (last.data["status"], last.data["details"]) == ("timed_out", {"abandoned": True})
+    assert p.finish(waiting).data["status"] == "completed", "the queue goes on, with a new agent"
+    assert p.pool.counts()["given_up"] == 1
+    history = p.agents.built[1].messages
+    assert history[0]["content"] == "stuck"
+    assert "may or may not have taken effect: slow" in history[1]["content"]
+    gate.opened.set()
+    until_zero(p, "given_up")
+    assert p.agents.built[0].closed == 1, "closed by its own thread, once that was back"
+    assert "too late" not in str(p.log())
+
+
+def until_zero(p: Probe, name: str) -> None:
+    ready = threading.Event()
+    for _ in range(1000):
+        if p.pool.counts()[name] == 0:
+            return
+        ready.wait(0.01)
+    raise AssertionError(f"{name} never came to zero")
+
+
+def test_half_of_the_slots_lost_makes_the_worker_unready(probe: Make) -> None:
+    gate = Gate()
+    told = threading.Event()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        gate.stand()
+
+    p = probe(script, stop_grace=0.05, max_turns=2)
+    p.pool.exhausted = told.set
+    started = p.start()
+    gate.meet()
+    p.pool.cancel(p.key())
+    p.finish(started)
+    assert told.wait(PATIENCE)
+    assert not p.pool.ready
+    gate.opened.set()
+    until_zero(p, "slots")
+    assert p.pool.ready
+
+
+# -- the store ---------------------------------------------------------------------------------
+
+
+def test_a_message_the_store_refuses_leaves_no_trace(probe: Make) -> None:
+    p = probe()
+
+    def claim(*args: t.Any) -> t.NoReturn:
+        raise StoreUnavailable
+
+    good, p.store.claim = p.store.claim, claim
+    with pytest.raises(StoreUnavailable):
+        p.start()
+    assert p.pool.counts() == {"sessions": 0, "turns": 0, "slots": 0, "given_up": 0}
+    p.store.claim = good
+    assert p.run().data["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(StoreUnavailable(), "store_unavailable"), (ClaimLost(), "worker_lost")],
+)
+def test_an_ending_that_cannot_be_stored_is_told_without_a_number(
+    probe: Make, error: Exception, code: str
+) -> None:
+    p = probe()
+
+    def finish(*args: t.Any) -> t.NoReturn:
+        raise error
+
+    p.store.finish = finish
+    last = p.run()
+    assert (last.seq, last.type, last.extra["error"]["code"]) == (None, "error", code)
+    assert p.agents.built[0].closed == 1, "its agent is dropped"
+    assert p.pool.counts()["turns"] == 0
+
+
+def test_events_reach_the_store_while_the_turn_runs(probe: Make) -> None:
+    p = probe(until_stopped)
+    started = p.start()
+    read_until(p.pool, started, "llm_text")
+    written = threading.Event()
+    for _ in range(1000):
+        if types(p.log()) == ["turn_begin", "llm_text"]:
+            break
+        written.wait(0.01)
+    assert types(p.log()) == ["turn_begin", "llm_text"]
+    p.pool.cancel(p.key())
+
+
+# -- sessions ----------------------------------------------------------------------------------
+
+
+def test_another_tenant_or_user_has_a_session_of_its_own(probe: Make) -> None:
+    p = probe()
+    p.run("mine")
+    for stranger in (p.key(user="bob"), p.key(tenant="other"), p.key(user="")):
+        with pytest.raises(NotFound):
+            p.pool.find(stranger)
+        assert p.pool.cancel(stranger) == 0
+        assert p.pool.delete(stranger, timeout=1)
+    assert p.pool.find(p.key()).head > 0
+
+
+def test_an_idle_session_is_evicted_and_comes_back_whole(probe: Make) -> None:
+    p = probe(session_ttl=100.0)
+    p.run("one")
+    cursor = p.pool.find(p.key()).head
+    p.pool.tick(p.pool.clock() + 101)
+    assert p.pool.counts()["sessions"] == 0
+    live = p.pool.find(p.key())
+    with Reader(live, p.store, None) as reader:
+        assert types(reader.read(limit=9, max_bytes=10**6)) == ["turn_begin", "llm_text", "done"]
+        assert reader.caught_up and reader.cursor == cursor
+    p.run("two")
+    assert [m["content"] for m in p.agents.built[1].messages] == ["one", "ok", "two", "ok"]
+
+
+def test_a_session_that_is_read_or_runs_is_not_evicted(probe: Make) -> None:
+    p = probe(until_stopped, session_ttl=100.0)
+    started = p.start()
+    p.pool.tick(p.pool.clock() + 101)
+    assert p.pool.peek(p.key()) is started.live
+    p.pool.cancel(p.key())
+    p.finish(started)
+    with Reader(started.live, p.store, None):
+        p.pool.tick(p.pool.clock() + 101)
+        assert p.pool.peek(p.key()) is started.live
+    p.pool.tick(p.pool.clock() + 101)
+    assert p.pool.peek(p.key()) is None
+
+
+def test_the_least_recently_used_session_makes_room(probe: Make) -> None:
+    p = probe(max_sessions=2)
+    for sid in ("a", "b", "c"):
+        p.run(sid=sid)
+    assert p.pool.peek(p.key("a")) is None
+    assert p.pool.peek(p.key("c")) is not None
+    assert p.pool.find(p.key("a")).head > 0, "and can come back"
+
+
+def test_no_room_when_every_session_is_in_use(probe: Make) -> None:
+    p = probe(until_stopped, max_sessions=1)
+    p.start(sid="a")
+    with pytest.raises(TooManySessions):
+        p.start(sid="b")
+    p.pool.cancel(p.key("a"))
+
+
+def test_a_tenant_has_only_so_many_stored_sessions(probe: Make) -> None:
+    p = probe(max_sessions_per_tenant=1)
+    p.run(sid="a")
+    with pytest.raises(TooManySessions):
+        p.run(sid="b")
+    assert p.run(sid="a").data["status"] == "completed"
+    assert p.pool.counts()["sessions"] == 1
+
+
+def test_delete_stops_the_turn_and_tells_every_reader(probe: Make) -> None:
+    p = probe(until_stopped)
+    started = p.start()
+    read_until(p.pool, started, "llm_text")
+    with Reader(started.live, p.store, None) as other:
+        assert p.pool.delete(p.key(), timeout=PATIENCE)
+        last = other.read(limit=9, max_bytes=10**6)[-1]
+    assert (last.seq, last.type, last.data["reason"]) == (None, "done", "session_deleted")
+    mine = p.finish(started)
+    assert (mine.seq, mine.data["reason"]) == (None, "session_deleted")
+    with pytest.raises(NotFound):
+        p.pool.find(p.key())
+    assert p.agents.built[0].closed == 1
+    assert p.agents.forgotten == [p.key()]
+    assert p.pool.delete(p.key(), timeout=1), "harmless twice"
+
+
+def test_a_number_is_not_used_again_after_a_delete(probe: Make) -> None:
+    p = probe()
+    before = p.run()
+    p.pool.delete(p.key(), timeout=PATIENCE)
+    after = p.run()
+    assert after.seq is not None and before.seq is not None and after.seq > before.seq
+    assert [m["content"] for m in p.store.history(p.key()).messages] == ["hi", "ok"]
+
+
+def test_a_delete_that_cannot_wait_is_finished_later(probe: Make) -> None:
+    gate = Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        gate.stand()
+
+    p = probe(script)
+    p.start()
+    gate.meet()
+    assert not p.pool.delete(p.key(), timeout=0.01)
+    with pytest.raises(SessionBusy) as refused:
+        p.start()
+    assert refused.value.details == {"reason": "deleting"}
+    gate.opened.set()
+    until_zero(p, "sessions")
+    assert p.store.session(p.key()) is None
+
+
+# -- readers that leave ------------------------------------------------------------------------
+
+
+def leave(p: Probe, started: t.Any) -> None:
+    reader = Reader(started.live, p.store, started.cursor, turn=started.turn)
+    with reader:
+        reader.left = True
+
+
+def test_a_turn_nobody_reads_any_more_is_stopped_after_the_grace(probe: Make) -> None:
+    p = probe(until_stopped, disconnect_grace=50.0)
+    started = p.start(on_disconnect="cancel")
+    leave(p, started)
+    p.pool.tick(p.pool.clock() + 49)
+    assert started.turn.turn.stop_reason is None
+    p.pool.tick(p.pool.clock() + 51)
+    assert p.finish(started).data["reason"] == "client_gone"
+
+
+def test_somebody_who_comes_back_saves_the_turn(probe: Make) -> None:
+    p = probe(until_stopped, disconnect_grace=50.0)
+    started = p.start(on_disconnect="cancel")
+    leave(p, started)
+    with Reader(started.live, p.store, None):
+        p.pool.tick(p.pool.clock() + 51)
+        assert started.turn.turn.stop_reason is None
+    p.pool.tick(p.pool.clock() + 51)
+    assert started.turn.turn.stop_reason is None, "that reader did not leave: we ended it"
+    p.pool.cancel(p.key())
+
+
+def test_a_second_reader_keeps_the_turn(probe: Make) -> None:
+    p = probe(until_stopped, disconnect_grace=0.0)
+    started = p.start(on_disconnect="cancel")
+    with Reader(started.live, p.store, None):
+        leave(p, started)
+        p.pool.tick(p.pool.clock() + 51)
+        assert started.turn.turn.stop_reason is None
+    p.pool.cancel(p.key())
+
+
+def test_continue_runs_on_without_readers(probe: Make) -> None:
+    p = probe(until_stopped, disconnect_grace=0.0)
+    started = p.start(on_disconnect="continue")
+    leave(p, started)
+    p.pool.tick(p.pool.clock() + 51)
+    assert started.turn.turn.stop_reason is None
+    p.pool.cancel(p.key())
+
+
+# -- the end -----------------------------------------------------------------------------------
+
+
+def test_drain_ends_every_turn_and_closes_everything(probe: Make) -> None:
+    gate = Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        if request.message == "stuck":
+            gate.stand()
+        else:
+            until_stopped(agent, request, stage)
+
+    p = probe(script, stop_grace=0.1)
+    running, stuck = p.start("one", "a"), p.start("stuck", "b")
+    gate.meet()
+    queued = p.start("two", "a", on_busy="queue")
+    ends: dict[str, t.Any] = {}
+    readers = [
+        threading.Thread(target=lambda n=n, s=s: ends.update({n: p.finish(s)}))
+        for n, s in {"running": running, "stuck": stuck, "queued": queued}.items()
+    ]
+    for reader in readers:
+        reader.start()
+    p.pool.drain(grace=0.4)
+    for reader in readers:
+        reader.join(PATIENCE)
+    assert {n: e.data["reason"] for n, e in ends.items()} == dict.fromkeys(
+        ("running", "stuck", "queued"), "server_shutdown"
+    )
+    assert ends["stuck"].data["details"] == {"abandoned": True}
+    with pytest.raises(Draining):
+        p.start(sid="c")
+    assert p.agents.closed
+    assert p.agents.built[0].closed == 1
+    gate.opened.set()
+    until_zero(p, "given_up")
+    assert all(agent.closed == 1 for agent in p.agents.built)
+
+
+def test_a_short_turn_may_finish_during_the_drain(probe: Make) -> None:
+    gate = Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> Outcome:
+        gate.stand()
+        return Outcome(State.COMPLETED, reply="in time")
+
+    p = probe(script)
+    started = p.start()
+    gate.meet()
+    drain = threading.Thread(target=p.pool.drain, args=(30,))
+    drain.start()
+    gate.opened.set()
+    assert p.finish(started).extra == {"reply": "in time"}
+    drain.join(PATIENCE)
+    assert not drain.is_alive()
+
+
+def test_using_a_pool_before_the_fork_is_refused(probe: Make, monkeypatch: t.Any) -> None:
+    p = probe()
+    p.run()
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(RuntimeError, match="before the fork"):
+        p.start()
