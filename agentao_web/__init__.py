@@ -1,0 +1,9 @@
+"""Agentao behind HTTP, in a Flask app on Gunicorn gthread."""
+
+from agentao_web.agents.factory import SessionInfo
+from agentao_web.core.names import Principal
+from agentao_web.extension import AgentaoWeb
+from agentao_web.extension import create_app
+from agentao_web.extension import shutdown
+
+__all__ = ["AgentaoWeb", "Principal", "SessionInfo", "create_app", "shutdown"]

@@ -87,7 +87,7 @@ def _add_fallbacks(app: Flask, prefix: str) -> None:
     Added to the map directly: Flask's own add_url_rule makes GET of "any method".
     """
     paths = {entry.path for entry in views.ROUTES}
-    rules = [(prefix + path, "no_such_method", views.no_such_method) for path in paths]
+    rules = [(prefix + path, "other_methods", views.other_methods) for path in paths]
     if prefix:
         rules.append((f"{prefix}/<path:rest>", "no_such_path", views.no_such_path))
     for path, name, view in rules:

@@ -18,6 +18,7 @@ from flask import request
 from flask import url_for
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import default_exceptions
+from werkzeug.routing import Rule
 
 from agentao_web.auth import Authenticate
 from agentao_web.auth import identify
@@ -92,7 +93,13 @@ def blueprint() -> Blueprint:
     """A fresh blueprint with every route."""
     bp = Blueprint(NAME, __name__)
     for entry in ROUTES:
-        bp.add_url_rule(entry.path, entry.name, _guarded(entry), methods=[entry.method])
+        bp.add_url_rule(
+            entry.path,
+            entry.name,
+            _guarded(entry),
+            methods=[entry.method],
+            provide_automatic_options=False,
+        )
     for code in default_exceptions:
         # By code as well: a host's own handler for a code would otherwise win inside our routes.
         bp.register_error_handler(code, _http_error)
@@ -419,11 +426,18 @@ def _unexpected(error: Exception) -> Response:
     return _web_error(InternalError(error_id=error_id))
 
 
-def no_such_method(**_: str) -> t.Any:
-    """A path of ours with a method that is not: registered behind every route, for any method."""
-    adapter = current_app.url_map.bind_to_environ(request.environ)
-    allowed = {m for m in adapter.allowed_methods() if m in {"GET", "HEAD", "POST", "DELETE"}}
-    raise MethodNotAllowed(allowed | {"OPTIONS"})
+def other_methods(**_: str) -> Response:
+    """OPTIONS of a path of ours, and every method it does not take.
+
+    Registered behind every route for any method; with such a rule in the map Werkzeug cannot tell
+    the allowed methods any more, so they are looked up here.
+    """
+    path = t.cast(Rule, request.url_rule).rule
+    rules = [rule for rule in current_app.url_map.iter_rules() if rule.rule == path]
+    allowed = {"OPTIONS"}.union(*(rule.methods or () for rule in rules))
+    if request.method != "OPTIONS":
+        raise MethodNotAllowed(allowed)
+    return Response(headers={"Allow": ", ".join(sorted(allowed))})
 
 
 def no_such_path(**_: str) -> t.Any:

@@ -9,7 +9,6 @@ import collections.abc as cabc
 import copy
 import difflib
 import logging
-import re
 import time
 import typing as t
 from pathlib import Path
@@ -17,14 +16,24 @@ from pathlib import Path
 from agentao import Agentao
 from agentao.mcp import InMemoryMCPRegistry
 from agentao.memory import MemoryManager
+from agentao.memory import MemoryRetriever
+from agentao.memory.models import MemoryRecord
+from agentao.memory.models import MemoryReviewItem
+from agentao.memory.models import RecallCandidate
+from agentao.memory.models import SessionSummaryRecord
 from agentao.permissions import PermissionEngine
 from agentao.permissions import PermissionMode
+from agentao.security import PathPolicy
+from agentao.security import PathPolicyError
 from agentao.skills import SkillManager
+from agentao.tooling.registry import BUILTIN_TOOL_NAMES
 from agentao.tools import EditTool
 from agentao.tools import SearchTextTool
 from agentao.tools import WriteFileTool
 from agentao.tools.base import RegistrableTool
+from agentao.tools.base import Tool
 
+from .files import MAX_FILE
 from .files import ConfinedFS
 
 READ_TOOLS = (
@@ -39,3 +48,284 @@ WRITE_TOOLS = ("write_file", "replace")
 
 #: A place that can neither exist nor be made.
 NOWHERE = Path("/dev/null/workspace")
+
+#: Seconds and bytes of files one search may take.
+SEARCH_SECONDS = 10.0
+SEARCH_BYTES = 64 * 1024 * 1024
+#: Lines of a file times lines to find in it; then characters written times places.
+MAX_COMPARED = 50_000_000
+MAX_SPLICED = 5_000_000_000
+#: How long to look for something similar to a text that was not found, and how long a text.
+HINT_SECONDS = 0.3
+HINT_CHARACTERS = 1000
+
+_WRITE_RULES = {"ask": "ask", "trusted": "allow", "read-only": "deny"}
+_OUTSIDE = "Error: that path is outside the workspace"
+
+
+class WorkspaceAgent(Agentao):
+    """An Agentao whose own folder is nowhere; only its tools know the workspace.
+
+    So nothing planted in a workspace (instructions, skills, sub-agents, MCP servers) is read,
+    and nothing (memory, logs, long tool results) is written there behind the tools' back.
+    """
+
+    def _build_system_prompt(self) -> str:
+        return super()._build_system_prompt().replace(str(NOWHERE), ".")
+
+
+def build_agent(
+    *,
+    workspace: Path,
+    transport: t.Any,
+    llm_client: t.Any,
+    logger: logging.Logger,
+    history: cabc.Iterable[dict[str, t.Any]] = (),
+    session_id: str,
+    policy: str = "ask",
+    extra_tools: cabc.Iterable[RegistrableTool] = (),
+    max_context_tokens: int = 200_000,
+) -> WorkspaceAgent:
+    """An agent that reads and writes in *workspace* only, and asks *transport* as *policy* says.
+
+    *llm_client* may be shared. Its logger is the one agentao writes to: give it one that does
+    not propagate.
+    """
+    tools = [*(make() for make in _BOUNDED), *extra_tools]
+    agent = WorkspaceAgent(
+        working_directory=NOWHERE,
+        transport=transport,
+        llm_client=llm_client,
+        logger=logger,
+        max_context_tokens=max_context_tokens,
+        filesystem=ConfinedFS(workspace),
+        permission_engine=_permissions(workspace, policy, {tool.name for tool in tools}),
+        enabled_tools=(*READ_TOOLS, *WRITE_TOOLS),
+        extra_tools=tools,
+        project_instructions="",
+        # A named folder: without one the bundled skills are copied into $HOME.
+        skill_manager=SkillManager(skills_dir=str(NOWHERE), working_directory=NOWHERE),
+        mcp_registry=InMemoryMCPRegistry(),
+        memory_manager=MemoryManager(project_store=NoMemory()),
+        bg_store=None,
+        sandbox_policy=None,
+        replay_config=None,
+    )
+    for tool in agent.tools.list_tools():
+        tool.working_directory = workspace
+    agent.memory_retriever = NoRecall(agent.memory_manager)
+    agent.messages = list(history)
+    agent._session_id = session_id
+    return agent
+
+
+def close_agent(agent: Agentao) -> None:
+    """Release what the agent holds; the LLM client stays open, it is everyone's."""
+    agent.close()
+    agent.memory_manager.close()
+
+
+def _permissions(workspace: Path, policy: str, given: set[str]) -> PermissionEngine:
+    if policy not in _WRITE_RULES:
+        raise ValueError(f"policy is one of {', '.join(_WRITE_RULES)}, not {policy!r}")
+    engine = PermissionEngine(
+        project_root=workspace,
+        rules=[{"tool": name, "action": _WRITE_RULES[policy]} for name in WRITE_TOOLS],
+    )
+    if policy == "read-only":
+        engine.set_mode(PermissionMode.READ_ONLY)
+    # Not registered either; this holds should a later agentao put one back.
+    closed = BUILTIN_TOOL_NAMES - {*READ_TOOLS, *WRITE_TOOLS} - given
+    engine.add_run_rules(deny=[{"tool": name, "action": "deny"} for name in sorted(closed)])
+    return engine
+
+
+# Three of agentao's tools, bounded. The other readers are bounded by ConfinedFS alone.
+
+
+class SearchTool(SearchTextTool):
+    """search_file_content with an end: so many seconds, so many bytes."""
+
+    def execute(self, **given: t.Any) -> str:  # type: ignore[override]
+        # A copy per call: calls of one batch run side by side, each with its own budget.
+        once = copy.copy(self)
+        once.filesystem = _confined(self).within(SEARCH_SECONDS, SEARCH_BYTES)
+        return super(SearchTool, once).execute(**given)
+
+
+class WriteTool(WriteFileTool):
+    """write_file whose refusal names no path of the server."""
+
+    def execute(self, **given: t.Any) -> str:  # type: ignore[override]
+        return _OUTSIDE if _leads_out(self, given) else super().execute(**given)
+
+
+class ReplaceTool(EditTool):
+    """replace, which says no where agentao's own would compare or write for hours."""
+
+    def execute(self, **given: t.Any) -> str:  # type: ignore[override]
+        if _leads_out(self, given):
+            return _OUTSIDE
+        if given.get("replace_all") and self._overflows(**given):
+            return "Error editing file: the result would be too large"
+        return super().execute(**given)
+
+    def _overflows(
+        self, file_path: str, old_text: str, new_text: str, replace_all: bool = False
+    ) -> bool:
+        if not old_text:
+            return False  # refused by agentao, with a better reason
+        files = _confined(self)
+        try:
+            data = files.read_bytes(self._resolve_path(file_path))
+        except OSError:
+            return False
+        places = data.count(old_text.encode("utf-8", "replace"))
+        return len(data) + places * len(new_text) > MAX_FILE
+
+    def _line_window_matches(
+        self,
+        content: str,
+        old_text: str,
+        line_transform: cabc.Callable[[str], str] = lambda line: line,
+    ) -> list[tuple[int, int]]:
+        if content.count("\n") * old_text.count("\n") > MAX_COMPARED:
+            raise ValueError("old_text was not found as it is, and is too long to look for likes")
+        return super()._line_window_matches(content, old_text, line_transform)
+
+    def _apply_match(
+        self,
+        path: Path,
+        content: str,
+        matches: list[tuple[int, int]],
+        old_text: str,
+        new_text: str,
+        replace_all: bool,
+        suffix: str,
+        file_path: str,
+    ) -> str:
+        size = len(content) + len(matches) * len(new_text)
+        if replace_all and (size > MAX_FILE or size * len(matches) > MAX_SPLICED):
+            raise ValueError("too many places: replace fewer at a time")
+        return super()._apply_match(
+            path, content, matches, old_text, new_text, replace_all, suffix, file_path
+        )
+
+    def _not_found_hint(self, content: str, old_text: str, file_path: str) -> str:
+        answer = f"Error: Old text not found in {file_path}"
+        ratio, line, snippet = _most_similar(content.splitlines(), old_text, time.monotonic)
+        if ratio <= 0.4:
+            return answer
+        return f"{answer}\n\nMost similar text (line {line}, {ratio:.0%} similar):\n{snippet}"
+
+
+def _most_similar(
+    lines: list[str], wanted: str, clock: cabc.Callable[[], float]
+) -> tuple[float, int, str]:
+    """The likeliest place of *wanted*, of those there was time to look at."""
+    best = (0.0, 0, "")
+    window = len(wanted.splitlines())
+    if len(wanted) > HINT_CHARACTERS or not window:
+        return best
+    ends = clock() + HINT_SECONDS
+    likeness = difflib.SequenceMatcher(None)
+    likeness.set_seq2(wanted)
+    for first in range(max(1, len(lines) - window + 1)):
+        if clock() > ends:
+            break
+        chunk = "\n".join(lines[first : first + window])[: 2 * HINT_CHARACTERS]
+        likeness.set_seq1(chunk)
+        if likeness.real_quick_ratio() > best[0] and likeness.quick_ratio() > best[0]:
+            best = max(best, (likeness.ratio(), first + 1, chunk))
+    return best
+
+
+def _confined(tool: Tool) -> ConfinedFS:
+    if not isinstance(tool.filesystem, ConfinedFS):
+        raise RuntimeError("this tool works in a ConfinedFS only: use build_agent")
+    return tool.filesystem
+
+
+_BOUNDED: tuple[cabc.Callable[[], Tool], ...] = (SearchTool, WriteTool, ReplaceTool)
+
+
+def _leads_out(tool: Tool, given: dict[str, t.Any]) -> bool:
+    """agentao asks the same and then puts both absolute paths into its answer."""
+    try:
+        PathPolicy.for_tool(tool).contain_file(str(given.get("file_path", "")))
+    except (PathPolicyError, OSError, RuntimeError, ValueError):
+        return True
+    return False
+
+
+# Memory. There is no tool to save one; what agentao saves by itself (summaries of what it
+# compacts) is in the history already, and a database in memory costs 100 KB per session.
+
+
+class NoMemory:
+    """agentao's MemoryStore that keeps nothing."""
+
+    def change_version(self) -> int:
+        return 0
+
+    def upsert_memory(self, record: MemoryRecord) -> MemoryRecord:
+        return record
+
+    def get_memory_by_id(self, memory_id: str) -> None:
+        return None
+
+    def get_memory_by_scope_key(self, scope: str, key_normalized: str) -> None:
+        return None
+
+    def list_memories(self, scope: str | None = None) -> list[MemoryRecord]:
+        return []
+
+    def search_memories(self, query: str, scope: str | None = None) -> list[MemoryRecord]:
+        return []
+
+    def filter_by_tag(self, tag: str, scope: str | None = None) -> list[MemoryRecord]:
+        return []
+
+    def soft_delete_memory(self, memory_id: str) -> bool:
+        return False
+
+    def clear_memories(self, scope: str | None = None) -> int:
+        return 0
+
+    def save_session_summary(self, record: SessionSummaryRecord) -> None:
+        return None
+
+    def list_session_summaries(
+        self, session_id: str | None = None, limit: int = 20
+    ) -> list[SessionSummaryRecord]:
+        return []
+
+    def clear_session_summaries(self, session_id: str | None = None) -> int:
+        return 0
+
+    def upsert_review_item(self, item: MemoryReviewItem) -> MemoryReviewItem:
+        return item
+
+    def get_review_item(self, item_id: str) -> None:
+        return None
+
+    def list_review_items(
+        self, status: str | None = "pending", limit: int = 50
+    ) -> list[MemoryReviewItem]:
+        return []
+
+    def update_review_status(self, item_id: str, status: str) -> bool:
+        return False
+
+
+class NoRecall(MemoryRetriever):
+    """Finds nothing, without taking the message to pieces first."""
+
+    def recall_candidates(
+        self,
+        query: str,
+        context_hints: list[str] | None = None,
+        top_k: int = 5,
+        exclude_ids: set[str] | None = None,
+    ) -> list[RecallCandidate]:
+        return []

@@ -118,7 +118,7 @@ class AgentaoAgents:
         if self._options.demo:
             client: t.Any = DemoModel(logger=quiet)
         else:
-            client = self._pool().client(logger=quiet, **self._llm)
+            client = self._pool().client(logger=self._log, **self._llm)
         return build_agent(
             workspace=workspace,
             transport=bridge,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import contextlib
+import gc
 import logging
 import os
 import pathlib
@@ -216,6 +217,13 @@ def no_thread_left() -> cabc.Iterator[None]:
     assert not left
 
 
+@pytest.fixture
+def no_collector() -> cabc.Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
 def both_schemes(test: cabc.Callable[..., None]) -> t.Any:
     return pytest.mark.parametrize("server", SCHEMES, indirect=True)(test)
 
@@ -359,7 +367,9 @@ def test_a_stop_in_the_other_wire_formats(
     turn.assert_cancelled(_closed(server, 1))
 
 
-def test_a_stop_of_a_call_that_does_not_stream(make_agent: MakeAgent, server: ModelServer) -> None:
+def test_a_stop_of_a_call_that_does_not_stream(
+    make_agent: MakeAgent, server: ModelServer, caplog: pytest.LogCaptureFixture
+) -> None:
     server.script(hang())
     turn = make_agent(model="gemini-scripted").start()
     server.wait_for_request(1)
@@ -368,6 +378,27 @@ def test_a_stop_of_a_call_that_does_not_stream(make_agent: MakeAgent, server: Mo
 
     turn.assert_cancelled(_closed(server, 1))
     assert len(server.requests) == 1
+    assert [record for record in caplog.records if record.name == LOGGER.name] == []
+
+
+def test_a_stop_during_the_look_up_sends_nothing(
+    agent: Agent, server: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look-up itself goes on, and the socket that comes of it is cut off at once."""
+    token = CancellationToken()
+    look_up = socket.getaddrinfo
+
+    def slow_look_up(*args: t.Any, **kwargs: t.Any) -> t.Any:
+        token.cancel("test")
+        return look_up(*args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow_look_up)
+    server.script(hang())
+
+    agent.chat("go", token)
+
+    assert agent.status == "cancelled"
+    assert server.requests == []
 
 
 def test_a_stop_while_connecting(make_agent: MakeAgent) -> None:
@@ -441,9 +472,14 @@ def test_stops_leave_the_other_sessions_alone(make_agent: MakeAgent, server: Mod
         assert turn.agent.outcome == ("ok", None)
 
 
-def test_stops_leave_no_descriptor_behind(agent: Agent, server: ModelServer) -> None:
+@pytest.mark.parametrize("reply", [hang_after("x"), tokens(1_000_000)])
+def test_stops_leave_no_descriptor_behind(
+    agent: Agent, server: ModelServer, reply: Reply, no_collector: None
+) -> None:
+    """Not even until the collector runs: the SDK's streams are in cycles."""
+
     def stop_one() -> None:
-        server.script(hang_after("x"))
+        server.script(reply)
         turn = agent.start()
         agent.wait_for_chunks(1)
         turn.cancel()
@@ -582,10 +618,12 @@ def test_what_is_tried_again(
 
 
 def test_the_second_try_may_succeed(agent: Agent, server: ModelServer) -> None:
-    server.script(fail(500, retry_after=0), say("better"))
+    """In every turn anew: each call has its own count."""
+    for _ in range(2):
+        server.script(fail(500, retry_after=0), say("better"))
 
-    assert agent.chat("go") == "better"
-    assert agent.outcome == ("ok", None)
+        assert agent.chat("go") == "better"
+        assert agent.outcome == ("ok", None)
 
 
 def test_a_silent_model_runs_into_the_read_timeout(
