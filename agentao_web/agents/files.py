@@ -220,7 +220,10 @@ class ConfinedFS:
 
     def _info(self, names: tuple[str, ...]) -> os.stat_result:
         with self._parent(names) as parent:
-            return _lstat(names[-1], parent) if names else os.fstat(parent)
+            info = _lstat(names[-1], parent) if names else os.fstat(parent)
+        if stat.S_ISLNK(info.st_mode):  # a real path ends in none, unless in a circle
+            raise FileNotFoundError(os.strerror(errno.ELOOP))
+        return info
 
     def _entry(self, names: tuple[str, ...], found: os.DirEntry[str]) -> FileEntry:
         is_dir = is_file = False

@@ -29,7 +29,9 @@ class Workspaces:
     def make(self, key: SessionKey) -> Path:
         """The same folder, made if need be, for the server's own user only."""
         path = self.path(key)
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._root.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self._root, path.parent, path):
+            folder.mkdir(mode=0o700, exist_ok=True)
         return path.resolve()
 
     def forget(self, key: SessionKey) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,3 +90,28 @@ class ScriptedLLM:
         """What the tools answered, as the model saw it."""
         sent = self.requests[-1]["messages"]
         return [str(message["content"]) for message in sent if message["role"] == "tool"]
+
+
+class Ticking:
+    """A thread that only wants a turn now and then; `longest` is how long it waited for one."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._tick)
+
+    def __enter__(self) -> Ticking:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _tick(self) -> None:
+        before = time.perf_counter()
+        while not self._over.wait(0.002):
+            now = time.perf_counter()
+            self.longest = max(self.longest, now - before)
+            before = now
+        self.longest = max(self.longest, time.perf_counter() - before)
