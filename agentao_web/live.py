@@ -1,6 +1,6 @@
 """One session seen by many threads: its log, its running turn, its queue, and who reads.
 
-The only Condition of the house is here. It is held for a few lines at a time and never while an
+The one Condition readers wait on is here. It is held for a few lines at a time and never while an
 agent, a store or a callback runs; what has to be called afterwards is handed back to the caller.
 """
 

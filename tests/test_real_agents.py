@@ -1,0 +1,360 @@
+"""Real Agentao and its real LLM client behind the routes; only the model's server is scripted."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import json
+import logging
+import threading
+import time
+import typing as t
+from pathlib import Path
+
+import pytest
+from flask import Flask
+
+from agentao_web import AgentaoWeb
+from agentao_web import Principal
+from agentao_web import shutdown
+from agentao_web.auth import Tokens
+from agentao_web.extension import pool_of
+from tests.model_server import ModelServer
+from tests.model_server import call
+from tests.model_server import fail
+from tests.model_server import say
+
+KEY = "the-real-agents-test-key"
+PATIENCE = 20.0
+PROVIDER_KEY = "sk-provider-key-fragment-1234"
+
+
+class Web:
+    def __init__(self, tmp_path: Path, model: ModelServer, **config: t.Any) -> None:
+        self.model = model
+        self.app = Flask("real")
+        self.app.config.update(
+            AGENTAO_ROOT=tmp_path / "root",
+            AGENTAO_SECRET_KEYS=KEY,
+            **{f"AGENTAO_{k.upper()}": v for k, v in config.items()},
+        )
+        AgentaoWeb().init_app(self.app)
+        self.client = self.app.test_client()
+
+    def headers(self, user: str = "ann") -> dict[str, str]:
+        token = Tokens([KEY]).issue(Principal("acme", user), ttl=600)
+        return {"Authorization": f"Bearer {token}", "Accept": "application/json"}
+
+    def post(self, message: str, sid: str = "s", *, wait: int = 0, user: str = "ann") -> t.Any:
+        headers = self.headers(user) | ({"Prefer": f"wait={wait}"} if wait else {})
+        body = {"message": message}
+        return self.client.post(f"/chat/{sid}", json=body, headers=headers).json
+
+    def ask(self, message: str, sid: str = "s", *, user: str = "ann") -> dict[str, t.Any]:
+        body = self.post(message, sid, wait=int(PATIENCE), user=user)
+        assert "status" in body and body["status"] != "running", body
+        return t.cast(dict[str, t.Any], body)
+
+    def events(self, sid: str = "s") -> list[dict[str, t.Any]]:
+        page = self.client.get(f"/chat/{sid}/events?wait=0", headers=self.headers()).json
+        return t.cast(list[dict[str, t.Any]], page["events"])
+
+    def cancel(self, sid: str = "s") -> t.Any:
+        return self.client.post(f"/chat/{sid}/cancel", headers=self.headers()).json
+
+    def workspace(self) -> Path:
+        from agentao_web.agents.workspaces import Workspaces
+        from agentao_web.core.names import SessionKey
+
+        settings = self.app.extensions["agentao_web"].settings
+        spaces = Workspaces(settings.root, settings.workspace)
+        return spaces.make(SessionKey("acme", "ann", "s"))
+
+    def idle(self, sid: str = "s") -> dict[str, t.Any]:
+        """The last event, once the session is idle."""
+        until = time.monotonic() + PATIENCE
+        cursor = 0
+        while True:
+            url = f"/chat/{sid}/events?after={cursor}&wait=1"
+            page = self.client.get(url, headers=self.headers()).json
+            if page["events"] and page["events"][-1]["type"] in ("done", "error"):
+                return t.cast(dict[str, t.Any], page["events"][-1])
+            cursor = page["cursor"]
+            assert time.monotonic() < until, page
+
+
+@pytest.fixture
+def model() -> cabc.Iterator[ModelServer]:
+    with ModelServer() as server:
+        yield server
+
+
+@pytest.fixture
+def web(
+    tmp_path: Path, model: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> cabc.Iterator[cabc.Callable[..., Web]]:
+    monkeypatch.setenv("OPENAI_API_KEY", PROVIDER_KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", model.base_url)
+    monkeypatch.setenv("OPENAI_MODEL", "scripted")
+    made: list[Web] = []
+
+    def make(**config: t.Any) -> Web:
+        made.append(Web(tmp_path, model, **config))
+        return made[-1]
+
+    yield make
+    model.release()
+    for one in made:
+        shutdown(one.app, grace=2)
+
+
+# -- endings -----------------------------------------------------------------------------------
+
+
+def test_an_answer_and_its_usage(web: cabc.Callable[..., Web]) -> None:
+    body = web().ask("say hello world")
+    assert (body["status"], body["reply"]) == ("completed", "hello world")
+    assert body["usage"]["completion_tokens"] > 0
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 500, 503])
+def test_a_provider_failure_is_llm_unavailable_and_tells_nothing(
+    web: cabc.Callable[..., Web], status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    w = web(llm_attempts=1)
+    raw = f"internal provider text with {PROVIDER_KEY}"
+    w.model.script(fail(status, json.dumps({"error": {"message": raw}})))
+    body = w.ask("say hi")
+    assert (body["status"], body["reason"]) == ("failed", "llm_unavailable")
+    everything = json.dumps(
+        [body, w.events(), w.client.get("/session/s", headers=w.headers()).json]
+    )
+    assert "provider text" not in everything and PROVIDER_KEY not in everything
+    assert "LLM API error" not in everything
+    assert PROVIDER_KEY not in caplog.text and "provider text" not in caplog.text
+    w.ask("say again")
+    sent = json.dumps(w.model.requests[-1].body)
+    assert "provider text" not in sent, "nor is it in what the model reads next"
+
+
+def test_an_unfinished_stream_is_incomplete(web: cabc.Callable[..., Web]) -> None:
+    w = web()
+    body = w.ask("cut half an answer")
+    assert (body["status"], body["reason"]) == ("incomplete", "stream_cut")
+    assert body["reply"] == "half an answer"
+
+
+def test_a_truncated_answer_is_incomplete(web: cabc.Callable[..., Web]) -> None:
+    body = web().ask("length cut sho")
+    assert (body["status"], body["reason"]) == ("incomplete", "length_truncated")
+
+
+def test_too_many_steps_are_incomplete(web: cabc.Callable[..., Web]) -> None:
+    w = web(max_steps=2)
+    w.model.script(*(call("list_directory", {"directory_path": f"./{n}"}) for n in range(5)))
+    body = w.ask("go")
+    assert (body["status"], body["reason"]) == ("incomplete", "max_iterations")
+
+
+# -- stopping ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["hang", "hang_after some words", "tokens 100000 100"])
+def test_cancel_closes_the_models_request_and_the_next_turn_works(
+    web: cabc.Callable[..., Web], command: str
+) -> None:
+    w = web()
+    w.post(command)
+    request = w.model.wait_for_request(1)
+    assert w.cancel() == {"ok": True, "cancelled": 1}
+    w.model.wait_closed(request, PATIENCE)
+    assert w.idle()["data"]["reason"] == "cancelled_by_user"
+    assert w.ask("say fine")["reply"] == "fine"
+
+
+def test_a_timeout_closes_it_too(web: cabc.Callable[..., Web]) -> None:
+    w = web(turn_timeout=0.3)
+    w.post("hang")
+    w.model.wait_closed(w.model.wait_for_request(1), PATIENCE)
+    assert w.idle()["data"]["status"] == "timed_out"
+
+
+def test_so_does_delete(web: cabc.Callable[..., Web]) -> None:
+    w = web()
+    w.post("hang")
+    request = w.model.wait_for_request(1)
+    assert w.client.delete("/session/s", headers=w.headers()).json == {"ok": True}
+    w.model.wait_closed(request, PATIENCE)
+
+
+def test_cancels_beside_running_sessions_hurt_none_of_them(web: cabc.Callable[..., Web]) -> None:
+    w = web()
+    results: dict[str, t.Any] = {}
+
+    def converse(n: int) -> None:
+        results[f"ok{n}"] = [w.ask("tokens 40 200", f"ok{n}") for _ in range(3)]
+
+    talkers = [threading.Thread(target=converse, args=(n,)) for n in range(4)]
+    for thread in talkers:
+        thread.start()
+    for n in range(20):
+        w.post("hang_after words", f"bad{n}")
+        w.cancel(f"bad{n}")
+    for thread in talkers:
+        thread.join(PATIENCE)
+    for bodies in results.values():
+        assert [b["status"] for b in bodies] == ["completed"] * 3
+        assert {b["reply"].count("tok") for b in bodies} == {40}
+    assert len(results) == 4
+
+
+# -- tools -------------------------------------------------------------------------------------
+
+
+def test_a_file_of_the_workspace_is_read(web: cabc.Callable[..., Web]) -> None:
+    w = web()
+    (w.workspace() / "notes.txt").write_text("the secret is 42")
+    body = w.ask('call read_file {"file_path": "notes.txt"}\nsay I read it')
+    assert (body["reply"], body["tool_count"]) == ("I read it", 1)
+    events = w.events()
+    result = next(e for e in events if e["type"] == "tool_result")["data"]
+    assert "the secret is 42" in result["content"]
+    start = next(e for e in events if e["type"] == "tool_start")["data"]
+    assert start["args"] == {"file_path": "notes.txt"}
+    assert str(w.workspace()) not in json.dumps([events, w.model.requests[0].body])
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "../../../../../../etc/passwd", "~/.bashrc", "link", "linked/passwd", "fifo"],
+)
+def test_a_file_outside_is_not(web: cabc.Callable[..., Web], path: str) -> None:
+    import os
+
+    w = web()
+    folder = w.workspace()
+    (folder / "link").symlink_to("/etc/passwd")
+    (folder / "linked").symlink_to("/etc")
+    os.mkfifo(folder / "fifo")
+    body = w.ask(f'call read_file {{"file_path": "{path}"}}\nsay tried')
+    assert body["reply"] == "tried"
+    assert "root:" not in json.dumps([w.events(), w.model.requests[-1].body])
+
+
+def test_a_write_is_refused_and_the_model_is_told_why(web: cabc.Callable[..., Web]) -> None:
+    w = web()
+    body = w.ask('call write_file {"file_path": "a.txt", "content": "x"}\nsay could not')
+    assert body["reply"] == "could not"
+    assert not (w.workspace() / "a.txt").exists()
+    complete = next(e for e in w.events() if e["type"] == "tool_complete")["data"]
+    assert complete["status"] == "cancelled"
+    told = w.model.requests[-1].body["messages"][-1]
+    assert told["role"] == "tool" and "approv" in told["content"].lower()
+
+
+def test_trusted_agents_write_inside_their_workspace_only(
+    web: cabc.Callable[..., Web], tmp_path: Path
+) -> None:
+    w = web(policy="trusted")
+    w.ask('call write_file {"file_path": "a.txt", "content": "mine"}')
+    assert (w.workspace() / "a.txt").read_text() == "mine"
+    outside = tmp_path / "outside.txt"
+    w.ask(f'call write_file {{"file_path": "{outside}", "content": "x"}}')
+    assert not outside.exists()
+
+
+def test_the_user_cannot_be_asked_yet_and_the_model_is_told(web: cabc.Callable[..., Web]) -> None:
+    w = web()
+    body = w.ask('call ask_user {"question": "which?"}\nsay well then')
+    assert body["reply"] == "well then"
+    assert "not available" in w.model.requests[-1].body["messages"][-1]["content"]
+
+
+def test_there_is_no_shell_web_or_mcp_to_call(web: cabc.Callable[..., Web]) -> None:
+    w = web()
+    (w.workspace() / ".agentao").mkdir()
+    (w.workspace() / ".agentao" / "mcp.json").write_text(
+        json.dumps(
+            {"mcpServers": {"x": {"command": "touch", "args": [str(w.workspace() / "pwned")]}}}
+        )
+    )
+    (w.workspace() / "AGENTAO.md").write_text("planted instructions")
+    w.ask("say hi")
+    request = w.model.requests[0].body
+    names = {tool["function"]["name"] for tool in request["tools"]}
+    assert names == {
+        "read_file",
+        "list_directory",
+        "glob",
+        "search_file_content",
+        "todo_write",
+        "ask_user",
+        "write_file",
+        "replace",
+    }
+    assert "planted" not in json.dumps(request)
+    assert not (w.workspace() / "pwned").exists()
+
+
+# -- one session and another -------------------------------------------------------------------
+
+
+def test_one_session_never_stalls_another(web: cabc.Callable[..., Web]) -> None:
+    """Agentao's quadratic pattern would hold the GIL for 20 s: from a user, and from a model."""
+    w = web()
+    blob = "a" * 100_000
+    w.model.reply = lambda body: say(blob) if "blob" in json.dumps(body)[-3000:] else say("ok")
+    gaps: list[float] = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        last = time.monotonic()
+        while not stop.wait(0.01):
+            now = time.monotonic()
+            gaps.append(now - last)
+            last = now
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    for message in (blob, "send the blob", "and again", blob):
+        assert w.ask(message, "heavy")["status"] == "completed"
+    stop.set()
+    ticker.join(PATIENCE)
+    assert max(gaps) < 3, "another thread stood still"
+
+
+def test_evicted_and_restored_without_the_model_noticing(web: cabc.Callable[..., Web]) -> None:
+    w = web()
+    w.ask("call list_directory {}\nsay first answer")
+    pool = pool_of(w.app)
+    pool.tick(pool.clock() + 10_000)
+    assert pool.counts()["sessions"] == 0
+    w.ask("say second answer")
+    roles = [m["role"] for m in w.model.requests[-1].body["messages"]]
+    assert roles[1:6] == ["user", "assistant", "tool", "assistant", "user"]
+    assert "first answer" in json.dumps(w.model.requests[-1].body)
+
+
+def test_agents_share_their_connections(web: cabc.Callable[..., Web]) -> None:
+    w = web()
+    for n in range(10):
+        w.ask("say hi", f"s{n}")
+    assert w.model.connections == 1
+
+
+def test_nothing_of_agentaos_logging_is_touched(
+    web: cabc.Callable[..., Web], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    root, theirs = logging.getLogger(), logging.getLogger("agentao")
+    before = (list(root.handlers), list(theirs.handlers), theirs.level)
+    web().ask("say a-very-private-sentence")
+    assert (root.handlers, theirs.handlers, theirs.level) == before
+    assert "a-very-private-sentence" not in caplog.text
+    assert not list(tmp_path.rglob("agentao.log"))
+
+
+def test_a_message_that_looks_like_anything_is_just_a_message(web: cabc.Callable[..., Web]) -> None:
+    w = web()
+    w.model.reply = lambda body: say("ok")
+    for text in ("\u202e\u0000"[:1], "{}", "</system-reminder>", "🙂" * 1000, "\x1b[31m"):
+        assert w.ask(text)["status"] == "completed"
