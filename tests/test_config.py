@@ -1,0 +1,59 @@
+"""Settings: read once, refused with the cure."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from agentao_web.config import Settings
+from agentao_web.config import from_environment
+from agentao_web.config import table
+
+
+def test_defaults_are_what_the_table_says() -> None:
+    rows = {name: default for name, default, _ in table()}
+    assert rows["AGENTAO_TURN_TIMEOUT"] == "600.0"
+    assert rows["AGENTAO_MAX_TURNS"] == "64"
+    assert all(help_.endswith(".") for _, _, help_ in table())
+
+
+def test_text_of_the_environment_and_values_of_an_app_read_the_same() -> None:
+    text = {"AGENTAO_TURN_TIMEOUT": "5", "AGENTAO_DEMO": "1", "AGENTAO_MAX_TURNS": "3"}
+    values = {"AGENTAO_TURN_TIMEOUT": 5, "AGENTAO_DEMO": True, "AGENTAO_MAX_TURNS": 3}
+    assert Settings.from_mapping(text) == Settings.from_mapping(values)
+
+
+def test_keys_are_newest_first() -> None:
+    keys = "the-newest-one-of-all, and-an-older-one-too"
+    assert Settings.from_mapping({"AGENTAO_SECRET_KEYS": keys}).secret_keys == (
+        "the-newest-one-of-all",
+        "and-an-older-one-too",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AGENTAO_TURN_TIMEOUT", "0"),
+        ("AGENTAO_TURN_TIMEOUT", "nan"),
+        ("AGENTAO_TURN_TIMEOUT", True),
+        ("AGENTAO_MAX_TURNS", "1.5"),
+        ("AGENTAO_MAX_TURNS", 1.5),
+        ("AGENTAO_DRAIN_GRACE", "-1"),
+        ("AGENTAO_WORKSPACE", "everyone"),
+        ("AGENTAO_ROOT", ""),
+        ("AGENTAO_NO_SUCH_THING", "1"),
+    ],
+)
+def test_a_bad_value_names_its_setting(name: str, value: object) -> None:
+    with pytest.raises(RuntimeError, match=name):
+        Settings.from_mapping({name: value})
+
+
+def test_the_environment_has_other_peoples_names_too(caplog: pytest.LogCaptureFixture) -> None:
+    found = from_environment({"AGENTAO_HOME": "/x", "AGENTAO_MAX_TURNS": "3", "PATH": "/bin"})
+    assert found == {"AGENTAO_MAX_TURNS": "3"}
+    assert "AGENTAO_HOME" in caplog.text
+    with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match="Did you mean"):
+        from_environment({"AGENTAO_MAX_TURN": "3"})

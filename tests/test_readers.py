@@ -1,0 +1,240 @@
+"""Streams and the watcher: who left, what they are sent, and when they end."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import socket
+import ssl
+import subprocess
+import threading
+import typing as t
+from pathlib import Path
+
+import pytest
+
+from agentao_web.core.errors import StoreUnavailable
+from agentao_web.readers import Reader
+from agentao_web.readers import Watcher
+from agentao_web.readers import stream
+from agentao_web.wire import native
+from tests.pool_fakes import PATIENCE
+from tests.pool_fakes import Gate
+from tests.pool_fakes import Probe
+from tests.pool_fakes import until_stopped
+
+
+@pytest.fixture
+def watcher() -> cabc.Iterator[Watcher]:
+    made = Watcher()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def probe() -> cabc.Iterator[cabc.Callable[..., Probe]]:
+    made: list[Probe] = []
+
+    def make(*args: t.Any, **caps: t.Any) -> Probe:
+        made.append(Probe(*args, **caps))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.pool.drain(grace=2)
+
+
+def tcp() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    return ours, theirs
+
+
+@pytest.mark.parametrize("pair", [tcp, socket.socketpair])
+@pytest.mark.parametrize("how", ["close", "reset", "pending"])
+def test_a_close_is_seen_while_nothing_is_sent(
+    watcher: Watcher, pair: cabc.Callable[[], t.Any], how: str
+) -> None:
+    ours, theirs = pair()
+    seen = threading.Event()
+    watcher.watch(theirs, seen.set)
+    if how == "reset":
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    if how == "pending":
+        ours.send(b"pipelined bytes nobody reads")
+    assert not seen.is_set()
+    ours.close()
+    assert seen.wait(PATIENCE)
+    watcher.forget(theirs)
+    theirs.close()
+
+
+def test_a_socket_that_is_closed_already_is_seen_at_once(watcher: Watcher) -> None:
+    ours, theirs = tcp()
+    ours.close()
+    seen = threading.Event()
+    watcher.watch(theirs, seen.set)
+    assert seen.wait(PATIENCE)
+    watcher.forget(theirs)
+    theirs.close()
+
+
+def test_a_forgotten_descriptors_next_owner_is_not_mistaken(watcher: Watcher) -> None:
+    wrong = threading.Event()
+    for _ in range(200):
+        ours, theirs = tcp()
+        watcher.watch(theirs, lambda: None)
+        ours.close()
+        watcher.forget(theirs)
+        theirs.close()
+        ours, theirs = tcp()
+        watcher.watch(theirs, wrong.set)
+        watcher.forget(theirs)
+        ours.close()
+        theirs.close()
+    assert not wrong.is_set()
+
+
+def test_tls_is_watched_below_the_encryption(watcher: Watcher, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1".split()
+    subprocess.run([*command, "-out", cert, "-keyout", key], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    ours, theirs = tcp()
+    wrapped: list[ssl.SSLSocket] = []
+    shake = threading.Thread(target=lambda: wrapped.append(client.wrap_socket(ours)))
+    shake.start()
+    server = context.wrap_socket(theirs, server_side=True)
+    shake.join(PATIENCE)
+    seen = threading.Event()
+    watcher.watch(server, seen.set)
+    wrapped[0].close()
+    assert seen.wait(PATIENCE)
+    watcher.forget(server)
+    server.close()
+
+
+def run_stream(reader: Reader, **options: t.Any) -> cabc.Iterator[bytes]:
+    settings = {"heartbeat": 3600.0, "lease": None, "follow": False, **options}
+    return stream(reader, t.cast(t.Any, native), **settings)
+
+
+def test_silence_is_broken_by_a_comment_at_once_and_every_heartbeat(
+    probe: cabc.Callable[..., Probe],
+) -> None:
+    p = probe()
+    p.run()
+    live = p.pool.find(p.key())
+    chunks = run_stream(Reader(live, p.store, live.head), follow=True, heartbeat=0.01)
+    assert [next(chunks) for _ in range(3)] == [native.KEEP_ALIVE] * 3
+    chunks.close()  # type: ignore[attr-defined]
+
+
+def test_a_get_stream_ends_with_its_lease_and_a_hint(probe: cabc.Callable[..., Probe]) -> None:
+    p = probe()
+    p.run()
+    live = p.pool.find(p.key())
+    *_, last = run_stream(Reader(live, p.store, live.head), follow=True, lease=0.05)
+    assert last.startswith(b"retry: ")
+    assert live.idle
+
+
+def test_a_stream_ends_when_the_session_is_idle_and_all_is_read(
+    probe: cabc.Callable[..., Probe],
+) -> None:
+    p = probe()
+    p.run()
+    live = p.pool.find(p.key())
+    body = b"".join(run_stream(Reader(live, p.store, None), lease=60.0))
+    assert body.count(b"data: ") == 3
+    assert b"retry" not in body
+
+
+def test_a_stream_that_is_never_iterated_leaves_nothing(probe: cabc.Callable[..., Probe]) -> None:
+    p = probe()
+    p.run()
+    live = p.pool.find(p.key())
+    run_stream(Reader(live, p.store, None)).close()  # type: ignore[attr-defined]
+    assert live.idle
+
+
+def test_a_client_that_leaves_wakes_its_stream(
+    probe: cabc.Callable[..., Probe], watcher: Watcher
+) -> None:
+    p = probe(until_stopped, disconnect_grace=3600.0)
+    started = p.start(on_disconnect="cancel")
+    ours, theirs = tcp()
+    reader = Reader(
+        started.live, p.store, started.cursor, turn=started.turn, watcher=watcher, sock=theirs
+    )
+    ended = threading.Event()
+
+    def read() -> None:
+        for _ in run_stream(reader):
+            pass
+        ended.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    ours.close()
+    assert ended.wait(PATIENCE)
+    thread.join(PATIENCE)
+    assert started.turn.left_at is not None
+    theirs.close()
+    p.pool.cancel(p.key())
+
+
+def test_many_readers_at_any_speed_get_the_same_text(probe: cabc.Callable[..., Probe]) -> None:
+    from agentao_web.core.log import Draft
+
+    gate = Gate()
+
+    def script(agent: t.Any, request: t.Any, stage: t.Any) -> None:
+        gate.stand()
+        for n in range(2000):
+            stage.publish(Draft("llm_text", {"chunk": f"{n},"}))
+
+    p = probe(script)
+    started = p.start()
+    gate.meet()
+    texts: dict[int, str] = {}
+
+    def read(n: int) -> None:
+        got: list[str] = []
+        reader = Reader(started.live, p.store, started.cursor, turn=started.turn)
+        with reader:
+            while not reader.told:
+                for event in reader.read(limit=1 + n * 7, max_bytes=10**6):
+                    if event.type == "llm_text":
+                        got.append(event.data["chunk"])
+                reader.wait(reader.live.clock() + 0.01 * n)
+        texts[n] = "".join(got)
+
+    threads = [threading.Thread(target=read, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    gate.opened.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert set(texts.values()) == {"".join(f"{n}," for n in range(2000))}
+    assert len(texts) == 8
+
+
+def test_a_reader_of_a_turn_that_could_not_be_stored_gets_all_then_the_end(
+    probe: cabc.Callable[..., Probe],
+) -> None:
+    p = probe()
+
+    def finish(*args: t.Any) -> t.NoReturn:
+        raise StoreUnavailable
+
+    p.store.finish = finish
+    events = p.events(p.start())
+    assert [(e.type, e.seq is None) for e in events] == [
+        ("turn_begin", False),
+        ("llm_text", False),
+        ("error", True),
+    ]
