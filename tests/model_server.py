@@ -418,7 +418,10 @@ class _Connection:
         with self._input:
             while (head := self._read_head()) is not None:
                 method, path, headers = head
-                raw = self._input.read(int(headers.get("content-length", "0")))
+                size = int(headers.get("content-length", "0"))
+                raw = self._input.read(size)
+                if len(raw) < size:
+                    return  # Cut off while it was still asking.
                 if method == "GET":
                     self._get(path)
                 else:

@@ -13,6 +13,7 @@ import typing as t
 from pathlib import Path
 
 import pytest
+from agentao.tools.base import Tool
 from agentao.transport import NullTransport
 
 from agentao_web.agents import build
@@ -99,7 +100,6 @@ def test_it_has_these_tools_and_no_others(workspace: Path) -> None:
     make(workspace, llm).chat("go")
     assert llm.tool_names == {*READ_TOOLS, *WRITE_TOOLS}
     for missing in ("run_shell_command", "web_fetch", "save_memory", "mcp_x_y", "agent_x"):
-        assert ()
         assert "not found" in use(workspace, missing, command="touch made").lower()
     assert not (workspace / "made").exists()
 
@@ -139,6 +139,26 @@ def test_a_yes_is_enough_to_ask_and_never_to_read_only(workspace: Path) -> None:
         make(workspace, llm, transport=yes, policy=policy).chat("go")
         assert (workspace / f"{policy}.txt").exists() is written
         assert bool(yes.questions) is (policy == "ask")
+
+
+class Order(Tool):
+    """A host's own tool that changes something."""
+
+    name = "order"
+    description = "Orders tea."
+    parameters: t.ClassVar[dict[str, t.Any]] = {"type": "object", "properties": {}}
+
+    def execute(self) -> str:
+        return f"ordered in {self.working_directory}"
+
+
+@pytest.mark.parametrize(("policy", "runs"), [("ask", True), ("read-only", False)])
+def test_a_tool_of_the_host_runs_unless_all_is_read_only(
+    workspace: Path, policy: str, runs: bool
+) -> None:
+    llm = ScriptedLLM(call("order"), say("done"))
+    make(workspace, llm, extra_tools=[Order()], policy=policy).chat("go")
+    assert (llm.results == [f"ordered in {workspace}"]) is runs
 
 
 def test_trusted_is_trusted_inside_a_folder_of_any_name(tmp_path: Path) -> None:
