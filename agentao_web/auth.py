@@ -49,9 +49,16 @@ class Tokens:
 
     def read(self, token: str) -> Principal | None:
         """Whom *token* names; None if it is not ours, altered, or past its end."""
+        found = self.open(token)
+        return found[0] if found is not None else None
+
+    def open(self, token: str) -> tuple[Principal, float] | None:
+        """The same, with the moment it was issued, in Unix seconds."""
         try:
-            tenant, user, end = self._serializer.loads(token)
-            return Principal(tenant, user) if self._clock() < end else None
+            (tenant, user, end), issued = self._serializer.loads(token, return_timestamp=True)
+            if self._clock() >= end:
+                return None
+            return Principal(tenant, user), issued.timestamp()
         except (BadData, ValueError, TypeError):
             return None
 
@@ -64,7 +71,39 @@ def bearer(request: Request) -> str | None:
     return auth.token or None
 
 
-def by_token(tokens: Tokens | None, *, demo: bool) -> Authenticate:
+class Revoked:
+    """Which tokens are void, asked of *source* at most every *ttl* seconds."""
+
+    def __init__(
+        self,
+        source: cabc.Callable[[], cabc.Iterable[tuple[str, str | None, float]]],
+        *,
+        ttl: float = 2.0,
+        clock: cabc.Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._source = source
+        self._ttl = ttl
+        self._clock = clock
+        self._asked = float("-inf")
+        self._before: dict[tuple[str, str | None], float] = {}
+
+    def __call__(self, principal: Principal, issued: float) -> bool:
+        """Whether a token of *principal* issued at that moment is void."""
+        now = self._clock()
+        if now - self._asked >= self._ttl:
+            # Two threads may both ask: harmless, and cheaper than a lock around a query.
+            self._before = {(tenant, user): before for tenant, user, before in self._source()}
+            self._asked = now
+        keys = ((principal.tenant, None), (principal.tenant, principal.user))
+        return any(issued < self._before.get(key, 0.0) for key in keys)
+
+
+def by_token(
+    tokens: Tokens | None,
+    *,
+    demo: bool,
+    revoked: cabc.Callable[[Principal, float], bool] = lambda principal, issued: False,
+) -> Authenticate:
     """The built-in ``authenticate``; in the demo ``dev`` is a token too."""
 
     def authenticate(request: Request) -> Principal | None:
@@ -73,7 +112,10 @@ def by_token(tokens: Tokens | None, *, demo: bool) -> Authenticate:
             return None
         if demo and token == DEMO_TOKEN:
             return DEMO_PRINCIPAL
-        return tokens.read(token) if tokens is not None else None
+        found = tokens.open(token) if tokens is not None else None
+        if found is None or revoked(*found):
+            return None
+        return found[0]
 
     return authenticate
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import os
 import secrets
 import sys
+import time
 import typing as t
+from pathlib import Path
 
 import click
 from flask import current_app
@@ -17,8 +22,13 @@ from agentao_web.auth import DEMO_TOKEN
 from agentao_web.auth import Tokens
 from agentao_web.config import Settings
 from agentao_web.config import from_environment
+from agentao_web.core.errors import WebError
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
+from agentao_web.extension import open_store
+from agentao_web.store import SessionRow
+from agentao_web.store import Store
+from agentao_web.store.sql import SqlStore
 
 _DAY: t.Final = 86_400
 Read = t.Callable[[], Settings]
@@ -101,8 +111,177 @@ def flask_group() -> None:
     """Agentao: the same commands with this application's config."""
 
 
+def _operator(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) -> None:
+    """What an operator does to the store, beside running servers."""
+
+    @group.command()
+    @_TENANT
+    @click.option("--user", default=None, help="Only this user's; all of the tenant's unless told.")
+    @click.option("--before", default=None, type=float, help="Unix seconds; now unless told.")
+    @wrap
+    def revoke(tenant: str, user: str | None, before: float | None) -> None:
+        """Make tokens issued before a moment void, on every server within seconds.
+
+        Example: agentao-web revoke --tenant acme --user ann
+        """
+        with _store(read) as store:
+            store.revoke(tenant, user, time.time() if before is None else before)
+
+    @group.group("sessions")
+    def sessions_group() -> None:
+        """Stored sessions: list, show, export, delete."""
+
+    @sessions_group.command("list")
+    @click.option("--tenant", default=None, help="Only this tenant's.")
+    @click.option("--user", default=None, help="Only this user's.")
+    @click.option("--limit", default=50, type=click.IntRange(1, 10_000))
+    @wrap
+    def list_sessions(tenant: str | None, user: str | None, limit: int) -> None:
+        """One JSON object a line, last updated first.
+
+        Example: agentao-web sessions list --tenant acme
+        """
+        with _store(read) as store:
+            for row in store.sessions(tenant, user, before=None, limit=limit):
+                click.echo(json.dumps(_row(row), ensure_ascii=False))
+
+    @sessions_group.command()
+    @_TENANT
+    @_USER
+    @click.argument("session")
+    @wrap
+    def show(tenant: str, user: str, session: str) -> None:
+        """What is known of a session, and its turns that are not over.
+
+        Example: agentao-web sessions show --tenant acme --user ann chat-1
+        """
+        key = SessionKey(tenant, user, session)
+        with _store(read) as store:
+            active = [dataclasses.asdict(turn) for turn in store.active(key)]
+            click.echo(json.dumps({**_row(_found(store, key)), "active": active}, indent=2))
+
+    @sessions_group.command()
+    @_TENANT
+    @_USER
+    @click.argument("session")
+    @wrap
+    def export(tenant: str, user: str, session: str) -> None:
+        """The transcript as JSON, whole.
+
+        Example: agentao-web sessions export --tenant acme chat-1 > chat-1.json
+        """
+        key = SessionKey(tenant, user, session)
+        with _store(read) as store:
+            row = _row(_found(store, key))
+            click.echo(json.dumps({**row, "messages": _transcript(store, key)}, indent=2))
+
+    @sessions_group.command()
+    @_TENANT
+    @_USER
+    @click.argument("session")
+    @click.option("--timeout", default=15.0, help="Seconds to wait for its turn to stop.")
+    @wrap
+    def delete(tenant: str, user: str, session: str, timeout: float) -> None:
+        """Stop the session's turn, wherever it runs, and remove the session.
+
+        Example: agentao-web sessions delete --tenant acme --user ann chat-1
+        """
+        _delete(read, SessionKey(tenant, user, session), timeout)
+
+    @group.group()
+    def db() -> None:
+        """The database: check, prune, backup."""
+
+    @db.command()
+    @wrap
+    def check() -> None:
+        """Open the database, make its tables if need be, and look whether it is whole."""
+        with _sql(read) as store:
+            click.echo(store.check())
+
+    @db.command()
+    @click.option("--days", required=True, type=float, help="Sessions idle for so long go.")
+    @wrap
+    def prune(days: float) -> None:
+        """Remove sessions that were not used for some days.
+
+        Example: agentao-web db prune --days 90
+        """
+        with _store(read) as store:
+            click.echo(f"{store.prune(time.time() - days * _DAY)} sessions removed")
+
+    @db.command()
+    @click.argument("file", type=click.Path(dir_okay=False))
+    @wrap
+    def backup(file: str) -> None:
+        """Copy a SQLite database while it is in use; for PostgreSQL use pg_dump.
+
+        Example: agentao-web db backup backup.db
+        """
+        with _sql(read) as store:
+            store.backup(Path(file))
+
+
+@contextlib.contextmanager
+def _store(read: Read) -> t.Iterator[Store]:
+    store = open_store(read())
+    try:
+        yield store
+    except WebError as exc:
+        raise click.ClickException(exc.message) from None
+    finally:
+        store.close()
+
+
+@contextlib.contextmanager
+def _sql(read: Read) -> t.Iterator[SqlStore]:
+    with _store(read) as store:
+        if not isinstance(store, SqlStore):
+            raise click.ClickException("this store is no database")
+        yield store
+
+
+def _row(row: SessionRow) -> dict[str, t.Any]:
+    fields = dataclasses.asdict(row)
+    tenant, user, sid = fields.pop("key")
+    return {"tenant": tenant, "user": user, "session_id": sid, **fields}
+
+
+def _found(store: Store, key: SessionKey) -> SessionRow:
+    row = store.session(key)
+    if row is None:
+        raise click.ClickException("no such session")
+    return row
+
+
+def _transcript(store: Store, key: SessionKey) -> list[dict[str, t.Any]]:
+    entries: list[dict[str, t.Any]] = []
+    more = True
+    while more:
+        page = store.transcript(key, before=None, after=len(entries), limit=500)
+        entries, more = entries + page.messages, page.more
+    return entries
+
+
+def _delete(read: Read, key: SessionKey, timeout: float) -> None:
+    settings = read()
+    with _store(read) as store:
+        if not store.tombstone(key):
+            raise click.ClickException("no such session")
+        store.signal(key, "session_deleted", but="")
+        until = time.monotonic() + timeout
+        while store.active(key):
+            if time.monotonic() > until:
+                raise click.ClickException("its turn still runs; it is removed when that ends")
+            time.sleep(0.1)  # Between two looks at the database.
+        Workspaces(settings.root, settings.workspace).forget(key)
+        store.delete(key)
+
+
 _commands(main, _environment, lambda function: function)
 _commands(flask_group, _application, with_appcontext)
+_operator(main, _environment, lambda function: function)
+_operator(flask_group, _application, with_appcontext)
 
 
 @main.command()

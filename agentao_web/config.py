@@ -22,6 +22,12 @@ class Settings:
     """Every setting: its name without ``AGENTAO_``, in lower case; seconds, counts, bytes."""
 
     root: Path = _setting(Path("agentao-root"), "Folder of the workspaces; made if need be.")
+    database_url: str | None = _setting(
+        None,
+        "Where sessions live: postgresql://…, sqlite:///…, or memory: for tests; unset means "
+        "agentao-web.db in ROOT.",
+        kinds=("postgresql", "sqlite", "memory"),
+    )
     workers: int = _setting(1, "Worker processes of the Gunicorn config.", least=1)
     secret_keys: tuple[str, ...] = _setting(
         (), "Keys that sign bearer tokens, comma-separated, newest first; 16 characters or more."
@@ -45,6 +51,9 @@ class Settings:
         10.0, "Seconds a turn goes on after its last reader left.", least=0
     )
     drain_grace: float = _setting(20.0, "Seconds running turns get at shutdown.", least=0)
+    worker_lease: float = _setting(
+        10.0, "Seconds after a worker's last sign of life until its turns are lost.", least=1.5
+    )
     heartbeat: float = _setting(
         15.0, "Silence after which a stream gets a comment, in seconds.", above=0
     )
@@ -142,6 +151,8 @@ def _check(name: str, limits: cabc.Mapping[str, t.Any], value: t.Any) -> None:
         return
     if "choices" in limits and value not in limits["choices"]:
         raise RuntimeError(f"{name} must be one of {', '.join(limits['choices'])}")
+    if "kinds" in limits and value.partition(":")[0].partition("+")[0] not in limits["kinds"]:
+        raise RuntimeError(f"{name} must begin with one of {', '.join(limits['kinds'])}")
     if "least" in limits and value < limits["least"]:
         raise RuntimeError(f"{name} must be at least {limits['least']}")
     if "above" in limits and not value > limits["above"]:
@@ -161,6 +172,10 @@ def _count(value: t.Any) -> int:
     if isinstance(value, bool) or isinstance(value, float):
         raise ValueError("must be a whole number")
     return int(value)
+
+
+def _maybe_text(value: t.Any) -> str | None:
+    return None if value in (None, "") else str(value)
 
 
 def _maybe_count(value: t.Any) -> int | None:
@@ -197,6 +212,7 @@ _READERS: dict[str, cabc.Callable[[t.Any], t.Any]] = {
     "float": _number,
     "int": _count,
     "int | None": _maybe_count,
+    "str | None": _maybe_text,
     "str": str,
     "bool": _flag,
 }

@@ -14,13 +14,16 @@ from agentao_web import views
 from agentao_web.agents.factory import AgentaoAgents
 from agentao_web.agents.factory import Factory
 from agentao_web.auth import Authenticate
+from agentao_web.auth import Revoked
 from agentao_web.auth import Tokens
 from agentao_web.auth import by_token
 from agentao_web.config import Settings
 from agentao_web.config import from_environment
 from agentao_web.readers import Watcher
 from agentao_web.sessions import SessionPool
+from agentao_web.store import Store
 from agentao_web.store.memory import MemoryStore
+from agentao_web.store.sql import SqlStore
 
 _KEY = "agentao_web"
 #: The applications of this process, for the one who ends it (agentao_web.workers).
@@ -56,12 +59,10 @@ class AgentaoWeb:
         settings = Settings.from_mapping(app.config)
         log = logging.getLogger("agentao_web")
         agents = AgentaoAgents(settings, factory=self._agents, log=log)
-        store = MemoryStore(
-            max_per_tenant=settings.max_sessions_per_tenant, log_bytes=settings.log_bytes
-        )
+        store = open_store(settings)
         app.extensions[_KEY] = views.Parts(
             settings=settings,
-            authenticate=self._authenticate or _by_token(settings),
+            authenticate=self._authenticate or _by_token(settings, store),
             pool=SessionPool(store, agents, settings, log=log),
             watcher=Watcher(),
         )
@@ -71,14 +72,23 @@ class AgentaoWeb:
         _apps.add(app)
 
 
-def _by_token(settings: Settings) -> Authenticate:
+def open_store(settings: Settings) -> Store:
+    """The store of these settings; nothing is opened before it is used."""
+    url = settings.database_url or f"sqlite:///{settings.root / 'agentao-web.db'}"
+    most, log_bytes = settings.max_sessions_per_tenant, settings.log_bytes
+    if url.startswith("memory:"):
+        return MemoryStore(max_per_tenant=most, log_bytes=log_bytes)
+    return SqlStore(url, max_per_tenant=most, log_bytes=log_bytes)
+
+
+def _by_token(settings: Settings, store: Store) -> Authenticate:
     if not settings.secret_keys and not settings.demo:
         raise RuntimeError(
             "no AGENTAO_SECRET_KEYS: set it to a random text of 16 characters or more, pass "
             "authenticate= to use the application's own login, or set AGENTAO_DEMO=1"
         )
     tokens = Tokens(settings.secret_keys) if settings.secret_keys else None
-    return by_token(tokens, demo=settings.demo)
+    return by_token(tokens, demo=settings.demo, revoked=Revoked(store.revocations))
 
 
 def _add_fallbacks(app: Flask, prefix: str) -> None:

@@ -28,6 +28,7 @@ from agentao_web.core.turn import terminal
 if t.TYPE_CHECKING:
     from agentao_web.core.names import SessionKey
     from agentao_web.store import Claim
+    from agentao_web.store import SessionRow
 
 Callback = cabc.Callable[[str], None]
 Clock = cabc.Callable[[], float]
@@ -49,6 +50,7 @@ class LiveTurn:
         "left_at",
         "closing",
         "abandoned",
+        "kept",
         "_callbacks",
     )
 
@@ -67,6 +69,8 @@ class LiveTurn:
         """Its outcome is settled: nothing it says any more is heard."""
         self.abandoned = False
         """It was given up: its thread is still alive somewhere."""
+        self.kept = False
+        """Somebody reads it on another worker, so our readers decide nothing."""
         self._callbacks: list[Callback] | None = []
 
 
@@ -92,9 +96,14 @@ class Live:
         self.agent_version = -1
         self.closed = False
         self.deleting = False
+        self.elsewhere: str | None = None
+        """The turn that another worker runs here, as far as is known."""
+        self.noticed: str | None = None
+        """The turn elsewhere whose worker knows that it is read here."""
         self.farewell: Event | None = None
         """What readers are told when the session is deleted under them."""
         self.clock = clock
+        self._remote_head = head
         self._cond = threading.Condition()
         self._log_bytes = log_bytes
         self._log = EventLog(max_bytes=log_bytes, head=head)
@@ -112,7 +121,27 @@ class Live:
 
     @property
     def head(self) -> int:
-        return self._log.head
+        """The last number there is, here or written by another worker."""
+        return max(self._log.head, self._remote_head)
+
+    @property
+    def owned(self) -> bool:
+        """Whether the claim on this session is ours."""
+        return self._current is not None and self._current.claim is not None
+
+    @property
+    def watched(self) -> bool:
+        """Whether someone here waits for what another worker writes."""
+        return bool(self._readers) and not self.owned
+
+    def tail(self, row: SessionRow) -> None:
+        """What the store says of this session, where another worker may be writing."""
+        with self._cond:
+            if self.owned:
+                return
+            self.elsewhere = row.turn_id
+            self._remote_head = row.head
+            self._cond.notify_all()
 
     def close(self, *, force: bool = False) -> bool:
         """Take no one in any more; False (and nothing happened) if it is in use."""
@@ -132,7 +161,7 @@ class Live:
         """``idle``, ``running`` or ``waiting``."""
         current = self._current
         if current is None:
-            return "idle"
+            return "idle" if self.elsewhere is None else "running"
         return "waiting" if current.turn.state is State.WAITING else "running"
 
     # -- starting ------------------------------------------------------------------------------
@@ -149,7 +178,7 @@ class Live:
                 raise SessionBusy("this session is being deleted", reason="deleting")
             if self.closed:
                 raise Draining
-            live = LiveTurn(turn, self._log.head)
+            live = LiveTurn(turn, self.head)
             self.used = self.clock()
             if self._current is None:
                 self._current = live
@@ -181,7 +210,7 @@ class Live:
                 return False
             position = self._queue.index(live) + 1
             data = {"position": position, "message": live.turn.request.message}
-            live.cursor = self._log.head
+            live.cursor = self.head
             return self._write(live.turn.id, Draft("turn_queued", data)) is not None
 
     def begin(self, live: LiveTurn, claim: Claim) -> list[Callback]:
@@ -192,12 +221,14 @@ class Live:
         with self._cond:
             live.claim = claim
             opening = t.cast(int, claim.opening.seq)
-            if self._stored != self._log.head:
-                # The store missed the end of the last turn: what it says now is the truth.
+            if self._stored != self._log.head or claim.head != self._log.head:
+                # Another worker wrote in between, or the store missed the end of our last turn:
+                # what the store says is the truth.
                 self._log = EventLog(max_bytes=self._log_bytes, head=opening - 1)
             self._log.claim(claim.generation)
             self._log.add(claim.opening)
-            self._stored = opening
+            self._stored = self._remote_head = opening
+            self.elsewhere = None
             live.transcript.add(claim.opening)
             now = self.clock()
             live.turn.step("begin", now)
@@ -303,6 +334,11 @@ class Live:
         callbacks, live._callbacks = live._callbacks or [], None
         return callbacks
 
+    def keep(self, live: LiveTurn) -> None:
+        """Somebody reads *live* on another worker: it goes on without readers here."""
+        with self._cond:
+            live.kept, live.left_at = True, None
+
     def _end_queued(self, live: LiveTurn, reason: str) -> bool:
         """End a waiting turn under the running one's claim.
 
@@ -407,7 +443,7 @@ class Live:
                 self._cond.wait(left)
 
     def _news(self, reader: Audience) -> bool:
-        if self.closed or reader.cursor is None or reader.cursor != self._log.head:
+        if self.closed or reader.cursor is None or reader.cursor != self.head:
             return True
         return reader.turn is not None and reader.turn.final is not None
 
@@ -416,6 +452,8 @@ class Live:
         with self._cond:
             if not self._log.covers(cursor):
                 return None
+            if cursor == self._log.head < self._remote_head:
+                return None  # The rest is another worker's.
             return self._log.after(cursor, limit=limit, max_bytes=max_bytes)
 
     # -- inside --------------------------------------------------------------------------------

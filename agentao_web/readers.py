@@ -26,6 +26,10 @@ _BATCH, _BATCH_BYTES = 500, 2**20
 _CLOSED: t.Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
+#: The types that end a turn.
+_ENDS: t.Final = frozenset({"done", "error"})
+
+
 class Reader:
     """Someone reading one session, or one turn of it. Use it as a context manager."""
 
@@ -36,17 +40,23 @@ class Reader:
         cursor: int | None,
         *,
         turn: LiveTurn | None = None,
+        turn_id: str | None = None,
         watcher: Watcher | None = None,
         sock: socket.socket | None = None,
         dismissed: cabc.Callable[[], bool] = lambda: False,
     ) -> None:
         self.live = live
         self.turn = turn
+        """The turn that is read, if it is one of ours."""
+        self.turn_id = turn.turn.id if turn is not None else turn_id
+        """The one turn that is read; None for all of the session."""
         self.cursor = cursor
         self.left = False
         """The client closed the connection."""
         self.told = False
         """It was shown the end: its turn's last event, or the session's farewell."""
+        self.final: Event | None = None
+        """That last event."""
         self._store = store
         self._watcher = watcher
         self._sock = sock
@@ -86,15 +96,33 @@ class Reader:
         An empty list means nothing for this reader yet; see ``told`` and ``over``.
         """
         if self.live.farewell is not None:
-            self.told = True
-            return [self.live.farewell]
-        final = self.turn.final if self.turn is not None else None
+            return self._tell(self.live.farewell)
+        unstored = self.turn.final if self.turn is not None else None
         events = self._advance(limit, max_bytes)
-        if self.turn is not None:
-            events = [e for e in events if e.turn_id == self.turn.turn.id or e.type == "gap"]
-        if final is not None:
-            events = self._with_end(events, final)
+        if self.turn_id is not None:
+            events = [e for e in events if e.turn_id == self.turn_id or e.type == "gap"]
+            if events and events[-1].type in _ENDS:
+                self._tell(events[-1])
+        if not self.told and unstored is not None and unstored.seq is None:
+            # Never stored: shown once the reader has all that was.
+            if self.cursor is None or self.cursor >= self.live.head:
+                events += self._tell(unstored)
+        elif not events and self.turn_id is not None and not self.told:
+            self._look_for_the_end()
         return joined(events)
+
+    def _look_for_the_end(self) -> None:
+        """The turn's last event may be gone from the log: pruned, or read before this reader."""
+        if self.turn is not None:
+            final = self.turn.final
+            if final is not None and self.cursor is not None:
+                self.told, self.final = self.cursor >= (final.seq or 0), final
+        elif self.caught_up:
+            self.told = True
+
+    def _tell(self, final: Event) -> list[Event]:
+        self.told, self.final = True, final
+        return [final]
 
     def wait(self, until: float) -> None:
         """Wait until there may be something to read, or *until* (of the session's clock)."""
@@ -109,16 +137,6 @@ class Reader:
             part = self._store.events(self.live.key, cursor, limit=limit, max_bytes=max_bytes)
         self.cursor = part.cursor
         return part.events
-
-    def _with_end(self, events: list[Event], final: Event) -> list[Event]:
-        if final.seq is None:
-            # Never stored: shown once the reader has all that was.
-            if self.cursor is not None and self.cursor < self.live.head:
-                return events
-            self.told = True
-            return [*events, final]
-        self.told = self.cursor is not None and self.cursor >= final.seq
-        return events
 
     def _on_close(self) -> None:
         self.left = True
@@ -153,7 +171,7 @@ def stream(
             if events:
                 silent_since = now
                 yield wire.frames(events)
-            elif reader.turn is None and not follow and reader.caught_up:
+            elif reader.turn_id is None and not follow and reader.caught_up:
                 return
             elif ends is not None and now >= ends:
                 break
@@ -178,16 +196,16 @@ def poll(reader: Reader, *, wait: float, limit: int, max_bytes: int) -> list[Eve
             reader.wait(until)
 
 
-def ended(reader: Reader, *, wait: float) -> bool:
-    """Whether the reader's turn is over, after waiting for that at most *wait* seconds."""
-    turn, live = reader.turn, reader.live
-    assert turn is not None
-    until = live.clock() + wait
+def ending(reader: Reader, *, wait: float) -> Event | None:
+    """How the reader's turn ended, after waiting for that at most *wait* seconds."""
+    until = reader.live.clock() + wait
     with reader:
-        while turn.final is None and not reader.over and live.clock() < until:
-            reader.cursor = live.head
-            reader.wait(until)
-    return turn.final is not None
+        while True:
+            events = reader.read(limit=_BATCH, max_bytes=_BATCH_BYTES)
+            if reader.over or reader.live.clock() >= until:
+                return reader.final
+            if not events:
+                reader.wait(until)
 
 
 class Watcher:

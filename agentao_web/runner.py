@@ -16,6 +16,7 @@ from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
+from agentao_web.core.transcript import Transcript
 from agentao_web.core.transcript import lost_note
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
@@ -26,6 +27,8 @@ from agentao_web.live import Callback
 from agentao_web.live import Live
 from agentao_web.live import LiveTurn
 from agentao_web.store import Finish
+from agentao_web.store import KeyUse
+from agentao_web.store import Orphan
 from agentao_web.store import Store
 from agentao_web.store import TurnRow
 from agentao_web.store.writer import Writer
@@ -94,6 +97,8 @@ class Books:
         """Turns that run, given-up ones included until their thread ends."""
         self.given_up = 0
         """Turns that were given up and whose thread is alive."""
+        self.parked: dict[LiveTurn, Live] = {}
+        """Queued turns that wait, without a thread, for another worker's claim to end."""
         self.quiet = threading.Condition(self.lock)
 
     def enter(self, turn: LiveTurn, live: Live) -> None:
@@ -104,6 +109,7 @@ class Books:
         """*turn* has ended."""
         with self.lock:
             self.turns.pop(turn, None)
+            self.parked.pop(turn, None)
             self.quiet.notify_all()
 
     def slot(self, change: int) -> None:
@@ -116,6 +122,28 @@ class Books:
         with self.lock:
             self.given_up += change
             return self.given_up
+
+    def park(self, turn: LiveTurn, live: Live) -> None:
+        """*turn* gives its slot back until another worker's claim has ended."""
+        with self.lock:
+            self.slots -= 1
+            self.parked[turn] = live
+
+    def unpark(self, turn: LiveTurn) -> bool:
+        """Give *turn* a slot again; False if somebody else has done so, or ended it."""
+        with self.lock:
+            if self.parked.pop(turn, None) is None:
+                return False
+            self.slots += 1
+            return True
+
+    def find(self, turn_id: str) -> tuple[LiveTurn, Live] | None:
+        """The registered turn of that id."""
+        with self.lock:
+            for turn, live in self.turns.items():
+                if turn.turn.id == turn_id:
+                    return turn, live
+        return None
 
     def running(self) -> list[tuple[LiveTurn, Live]]:
         """Every registered turn and its session."""
@@ -174,6 +202,12 @@ class Runner:
             turn.turn.id, request.message, len(request.images), turn.turn.created, self.worker
         )
 
+    @staticmethod
+    def use(turn: LiveTurn) -> KeyUse | None:
+        """The idempotency key of *turn* as the store keeps it."""
+        use = turn.turn.request.use
+        return KeyUse(*use) if use is not None else None
+
     def claim(self, live: Live, turn: LiveTurn) -> None:
         """Take the session for *turn* and show its beginning; raises what the store raises."""
         now = self._clock()
@@ -183,7 +217,8 @@ class Runner:
             "images": len(request.images),
             "queued_ms": int((now - turn.turn.created) * 1000),
         }
-        claim = self._store.claim(live.key, self.row(turn), Draft("turn_begin", data), now)
+        opening = Draft("turn_begin", data)
+        claim = self._store.claim(live.key, self.row(turn), opening, now, self.use(turn))
         if live.agent is not None and live.agent_version != claim.version:
             # Another worker went on with this conversation.
             self.drop_agent(live)
@@ -212,28 +247,35 @@ class Runner:
         news, callbacks = live.stop(turn, reason)
         call(callbacks, reason)
         if news:
-            self.swept([turn])
+            self.swept(live, [turn])
         return news
 
     def stop_all(self, live: Live, reason: str) -> int:
         """Stop the running turn and end the queued ones; how many that were."""
         stopped, callbacks = live.stop_all(reason)
         call(callbacks, reason)
-        self.swept(stopped)
+        self.swept(live, stopped)
         return len(stopped)
 
-    def swept(self, turns: cabc.Iterable[LiveTurn]) -> None:
-        """Take queued turns that ended with their stop off the books."""
+    def swept(self, live: Live, turns: cabc.Iterable[LiveTurn]) -> None:
+        """Take turns that were stopped while they were queued off the books."""
         for turn in turns:
-            live = self._books.turns.get(turn)
-            if turn.outcome is None or turn.claim is not None or live is None:
+            if turn.claim is not None:
                 continue
-            self._books.leave(turn)
-            self.writer.note(live, urgent=True)
-            try:
-                self._store.dequeue(live.key, turn.turn.id, turn.outcome)
-            except StoreUnavailable:
-                self._log.warning("turn %s: its row outlives it for now", turn.turn.id)
+            if turn.outcome is not None:
+                self._books.leave(turn)
+                self.writer.note(live, urgent=True)
+                self._dequeue(live, turn)
+            elif self._books.unpark(turn):
+                # It waits for another worker, so nobody of ours would end it.
+                outcome = Outcome(State.CANCELLED, turn.turn.stop_reason)
+                self.go_on(live, self._conclude(live, turn, outcome, None))
+
+    def _dequeue(self, live: Live, turn: LiveTurn) -> None:
+        try:
+            self._store.dequeue(live.key, turn.turn.id)
+        except StoreUnavailable:
+            self._log.warning("turn %s: its row outlives it for now", turn.turn.id)
 
     def give_up(self, live: Live, turn: LiveTurn) -> int:
         """*turn* does not end: close its log, retire its agent, count its thread.
@@ -250,6 +292,42 @@ class Runner:
         outcome = dataclasses.replace(outcome, details={"abandoned": True})
         self.go_on(live, self._commit(live, turn, outcome, None))
         return lost
+
+    def reap(self, orphan: Orphan) -> None:
+        """End the turn of a dead worker: in its log, in the transcript, in what the model reads."""
+        claim = self._store.take_over(orphan, self.worker)
+        if claim is None:
+            return
+        transcript = Transcript()
+        message = ""
+        for event in self._events_of(orphan):
+            transcript.add(event)
+            if event.type == "turn_begin":
+                message = event.data["message"]
+        outcome = Outcome(State.FAILED, "worker_lost")
+        draft, now = terminal(outcome, duration_ms=0), self._clock()
+        final = Event(claim.opening.seq, orphan.turn_id, draft.type, draft.data, now, draft.extra)
+        entries = transcript.closed(outcome.status.value) if transcript.entries else []
+        appended = self._note(message, transcript) if message else []
+        self._store.finish(claim, Finish([final], outcome, entries, appended, False, now))
+        self._log.warning("turn %s was lost with its worker, and is closed", orphan.turn_id)
+
+    def _events_of(self, orphan: Orphan) -> cabc.Iterator[Event]:
+        cursor = orphan.cursor
+        while True:
+            part = self._store.events(orphan.key, cursor, limit=1000, max_bytes=2**22)
+            yield from (e for e in part.events if e.turn_id == orphan.turn_id)
+            if not part.events:
+                return
+            cursor = part.cursor
+
+    @staticmethod
+    def _note(message: str, transcript: Transcript) -> list[dict[str, t.Any]]:
+        """Nobody can say what the model would remember: the message, and a note."""
+        return [
+            {"role": "user", "content": message},
+            {"role": "assistant", "content": lost_note(transcript)},
+        ]
 
     def drop_agent(self, live: Live) -> None:
         """Close the session's agent, if it has one."""
@@ -280,8 +358,8 @@ class Runner:
     def _run(self, live: Live, turn: LiveTurn) -> LiveTurn | None:
         agent: Agent | None = None
         try:
-            if turn.claim is None:
-                self.claim(live, turn)
+            if turn.claim is None and not self._claimed(live, turn):
+                return None
             if turn.turn.stop_reason is not None:
                 outcome = Outcome(State.CANCELLED, turn.turn.stop_reason)
             else:
@@ -300,6 +378,20 @@ class Runner:
                 self.close_agent(agent)
                 agent = None
         return self._conclude(live, turn, outcome, agent)
+
+    def _claimed(self, live: Live, turn: LiveTurn) -> bool:
+        """Claim for a turn whose time had come; False if another worker was faster."""
+        try:
+            self.claim(live, turn)
+        except SessionBusy:
+            if live.deleting:
+                raise
+            self._books.park(turn, live)
+            if turn.turn.stop_reason is not None:
+                # Stopped in that very moment, when it was not parked yet.
+                self.swept(live, [turn])
+            return False
+        return True
 
     def _agent(self, live: Live, turn: LiveTurn) -> Agent:
         if live.agent is None:
@@ -344,8 +436,10 @@ class Runner:
         self, live: Live, turn: LiveTurn, outcome: Outcome, agent: Agent | None
     ) -> LiveTurn | None:
         """The terminal transaction, then the terminal event."""
-        if live.deleting or turn.claim is None:
+        if turn.claim is None:
+            self._dequeue(live, turn)
             return self._show(live, turn, outcome, None)
+        final: Event | None
         try:
             final = self._write(live, turn, outcome, agent)
         except ClaimLost:
@@ -358,17 +452,13 @@ class Runner:
             self.drop_agent(live)
         elif agent is not None:
             agent.saved()
-            live.agent_version += 1
-        return self._show(live, turn, outcome, final)
+            live.agent_version = turn.claim.generation
+        # What is deleted has no log any more: its last event goes without a number.
+        return self._show(live, turn, outcome, None if live.deleting else final)
 
     def _write(self, live: Live, turn: LiveTurn, outcome: Outcome, agent: Agent | None) -> Event:
         if agent is None:
-            # Nobody can say what the model would remember: the message, and a note.
-            appended: list[dict[str, t.Any]] = [
-                {"role": "user", "content": turn.turn.request.message},
-                {"role": "assistant", "content": lost_note(turn.transcript)},
-            ]
-            rewritten = False
+            appended, rewritten = self._note(turn.turn.request.message, turn.transcript), False
         else:
             appended, rewritten = agent.unsaved()
         final = live.number(turn, self._terminal(turn, outcome))

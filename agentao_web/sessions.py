@@ -18,10 +18,12 @@ import uuid
 from agentao_web.core import limits
 from agentao_web.core.errors import Draining
 from agentao_web.core.errors import NotFound
+from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import TooManySessions
 from agentao_web.core.errors import TooManyTurns
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
+from agentao_web.core.turn import ENDED
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
 from agentao_web.core.turn import Turn
@@ -29,17 +31,22 @@ from agentao_web.core.turn import TurnRequest
 from agentao_web.core.turn import terminal
 from agentao_web.live import Live
 from agentao_web.live import LiveTurn
+from agentao_web.peers import Peers
 from agentao_web.runner import COMMIT_TIMEOUT
 from agentao_web.runner import Agent
 from agentao_web.runner import Agents
 from agentao_web.runner import Books
 from agentao_web.runner import Runner
 from agentao_web.runner import steady_clock
+from agentao_web.store import AlreadyAccepted
+from agentao_web.store import KeyUse
 from agentao_web.store import Store
 from agentao_web.store.writer import Writer
 
 #: How often deadlines are looked at while turns run, and otherwise, in seconds.
-_TICK, _SLOW_TICK = 0.2, 2.0
+_TICK, _SLOW_TICK = 0.2, 1.0
+#: How often a deletion asks whether another worker's turn has ended, in seconds.
+_ASK: t.Final = 0.05
 #: How long streams get to send the last of it when the worker goes, in seconds.
 _FAREWELL: t.Final = 2.0
 #: How far the store may be behind, in seconds.
@@ -73,6 +80,8 @@ class Caps(t.Protocol):
     def max_queue(self) -> int: ...
     @property
     def log_bytes(self) -> int: ...
+    @property
+    def worker_lease(self) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +89,12 @@ class Started:
     """A turn that was accepted, and the cursor just before its first event."""
 
     live: Live
-    turn: LiveTurn
-
-    @property
-    def cursor(self) -> int:
-        return self.turn.cursor
+    turn_id: str
+    cursor: int
+    status: str
+    """``queued``, ``running``, or how it ended if it was accepted before."""
+    turn: LiveTurn | None = None
+    """The turn, if this worker runs it."""
 
 
 class SessionPool:
@@ -118,7 +128,17 @@ class SessionPool:
         self._closed = threading.Event()
         self._nudge = threading.Event()
         self._janitor: threading.Thread | None = None
+        self._peers = Peers(
+            store,
+            self._runner,
+            self._books,
+            self,
+            lease=caps.worker_lease,
+            clock=self.clock,
+            log=self._log,
+        )
         self._pid: int | None = None
+        self._starting = threading.Lock()
 
     # -- asking --------------------------------------------------------------------------------
 
@@ -133,18 +153,18 @@ class SessionPool:
         return not self._draining and self._books.given_up * 2 < self._caps.max_turns
 
     def find(self, key: SessionKey) -> Live:
-        """The session, brought back into memory if need be; NotFound if there is none."""
+        """The session as it is now, in memory; NotFound if there is none."""
+        self._wake_up()
         live = self.peek(key)
-        if live is None:
-            if self._closed.is_set():
-                raise Draining
-            row = self.store.session(key)
-            if row is None or row.deleting:
-                raise NotFound("no such session")
-            live = self._open(key, row.head)
-        if live.head == 0:
-            # Its first turn is being claimed just now.
+        if live is not None and live.owned:
+            return live
+        if self._closed.is_set():
+            raise Draining
+        row = self.store.session(key)
+        if row is None or row.deleting:
             raise NotFound("no such session")
+        live = live or self._open(key, row.head)
+        live.tail(row)
         return live
 
     def peek(self, key: SessionKey) -> Live | None:
@@ -168,30 +188,95 @@ class SessionPool:
     def start(self, key: SessionKey, request: TurnRequest) -> Started:
         """Accept a turn: its message is committed when this returns.
 
-        Raises SessionBusy, TooManyTurns, TooManySessions, Draining or StoreUnavailable; then
-        nothing has changed.
+        Raises SessionBusy, TooManyTurns, TooManySessions, IdempotencyConflict, Draining or
+        StoreUnavailable; then nothing has changed.
         """
         self._wake_up()
         deadline = min(request.timeout or self._caps.turn_timeout, self._caps.turn_timeout)
         turn = Turn(uuid.uuid4().hex, request, self.clock(), deadline)
+        try:
+            return self._start(key, turn)
+        except AlreadyAccepted as before:
+            return self._join(key, before.turn_id)
+        except SessionBusy:
+            # A repeated request is joined, also while its first one runs.
+            joined = self._repeated(key, request)
+            if joined is None:
+                raise
+            return joined
+        finally:
+            self._nudge.set()
+            self._peers.nudge()
+
+    def _start(self, key: SessionKey, turn: Turn) -> Started:
         live, admitted, holder = self._admit(key, turn)
         try:
-            if holder is None:
-                self._runner.claim(live, admitted)
-            else:
-                self.store.enqueue(key, self._runner.row(admitted))
+            runs = holder is None and self._claim_or_queue(live, admitted)
+            if holder is not None:
+                self._enqueue(live, admitted)
         except BaseException:
             self._take_back(live, admitted, slot=holder is None)
             raise
-        if holder is None:
+        if runs:
             self._runner.start(live, admitted)
+        elif holder is None:
+            self._wait_elsewhere(live, admitted)
         else:
             if live.announce(admitted):
                 self._writer.note(live, urgent=True)
-            if request.on_busy == "interrupt":
+            if turn.request.on_busy == "interrupt":
                 self._runner.stop(live, holder, "interrupted")
-        self._nudge.set()
-        return Started(live, admitted)
+        return Started(live, turn.id, admitted.cursor, _status(turn), admitted)
+
+    def _claim_or_queue(self, live: Live, turn: LiveTurn) -> bool:
+        """Claim for *turn*; False if it waits for another worker's, as its client wishes."""
+        try:
+            self._runner.claim(live, turn)
+            return True
+        except SessionBusy as busy:
+            if turn.turn.request.on_busy == "reject" or "reason" in busy.details:
+                raise
+            self._enqueue(live, turn)
+            return False
+
+    def _enqueue(self, live: Live, turn: LiveTurn) -> None:
+        self.store.enqueue(
+            live.key,
+            self._runner.row(turn),
+            limit=self._caps.max_queue,
+            first=turn.turn.request.on_busy == "interrupt",
+            use=self._runner.use(turn),
+        )
+
+    def _wait_elsewhere(self, live: Live, turn: LiveTurn) -> None:
+        """*turn* waits for another worker's claim to end; the tailer will see it."""
+        self._books.park(turn, live)
+        if turn.turn.request.on_busy == "interrupt":
+            self.store.signal(live.key, "interrupted", but=self._runner.worker, running_only=True)
+        if turn.turn.stop_reason is not None:
+            self._runner.swept(live, [turn])
+
+    def _repeated(self, key: SessionKey, request: TurnRequest) -> Started | None:
+        """The turn that was accepted with the same Idempotency-Key, if there is one."""
+        if request.use is None:
+            return None
+        turn_id = self.store.accepted(key, KeyUse(*request.use))
+        return None if turn_id is None else self._join(key, turn_id)
+
+    def _join(self, key: SessionKey, turn_id: str) -> Started:
+        """The turn *turn_id*, accepted before, wherever it runs or ran."""
+        found = self._books.find(turn_id)
+        if found is not None:
+            turn, live = found
+            return Started(live, turn_id, turn.cursor, _status(turn.turn), turn)
+        live = self.find(key)
+        ended = self.store.ended(key, turn_id)
+        if ended is not None:
+            return Started(live, turn_id, ended.cursor, str(ended.final.data["status"]))
+        for active in self.store.active(key):
+            if active.id == turn_id:
+                return Started(live, turn_id, active.cursor, active.state)
+        raise NotFound("the turn of that Idempotency-Key is gone")
 
     def _admit(self, key: SessionKey, turn: Turn) -> tuple[Live, LiveTurn, LiveTurn | None]:
         while True:
@@ -246,12 +331,18 @@ class SessionPool:
         self._retire(out)
         return live
 
+    def read_here(self, live: Live) -> None:
+        """A client begins to read a session that another worker may be running."""
+        self._peers.read_here(live)
+
     # -- stopping ------------------------------------------------------------------------------
 
     def cancel(self, key: SessionKey) -> int:
         """Stop the running turn and end the queued ones; how many that were."""
+        self._wake_up()
         live = self.peek(key)
-        return 0 if live is None else self._runner.stop_all(live, "cancelled_by_user")
+        mine = 0 if live is None else self._runner.stop_all(live, "cancelled_by_user")
+        return mine + self.store.signal(key, "cancelled_by_user", but=self._runner.worker)
 
     def delete(self, key: SessionKey, *, timeout: float) -> bool:
         """Remove the session; False if its turn did not stop within *timeout* seconds.
@@ -263,22 +354,44 @@ class SessionPool:
             return True
         live = self.peek(key) or self._open(key, self._head(key))
         live.deleting = True
+        until = time.monotonic() + timeout
         self._runner.stop_all(live, "session_deleted")
-        ended = self._books.wait_quiet(lambda: not live.turns(), time.monotonic() + timeout)
+        self.store.signal(key, "session_deleted", but=self._runner.worker)
+        ended = self._books.wait_quiet(lambda: not live.turns(), until)
+        while ended and self.store.active(key):
+            ended = time.monotonic() < until and not self._closed.wait(_ASK)
         if ended:
-            self._remove(live)
+            self.remove(key)
         return ended
 
-    def _remove(self, live: Live) -> None:
+    def remove(self, key: SessionKey) -> None:
+        """Finish the deletion of a session that has a tombstone and no turn."""
+        row = self.store.session(key)
+        if row is None or not row.deleting:
+            return  # Somebody else was faster, and it may be a new session by now.
+        # While the tombstone stands, so that no new session finds its folder going away.
+        self._agents.forget(key)
+        self.store.delete(key)
         with self._lock:
-            if self._map.get(live.key) is not live:
+            live = self._map.get(key)
+            if live is None or not live.deleting:
+                return
+            del self._map[key]
+        self._bury(live)
+
+    def forget(self, live: Live) -> None:
+        """Another worker removed this session."""
+        with self._lock:
+            if live.turns() or self._map.get(live.key) is not live:
                 return
             del self._map[live.key]
+        self._bury(live)
+
+    def _bury(self, live: Live) -> None:
+        """Tell whoever reads a session that it is gone."""
         draft = terminal(Outcome(State.CANCELLED, "session_deleted"), duration_ms=0)
         live.bury(Event(None, None, draft.type, draft.data, self.clock(), draft.extra))
         self._runner.drop_agent(live)
-        self.store.delete(live.key)
-        self._agents.forget(live.key)
 
     # -- time ----------------------------------------------------------------------------------
 
@@ -286,16 +399,18 @@ class SessionPool:
         """Start the janitor, once per process and only in the one that serves."""
         if self._pid == os.getpid():
             return
-        with self._lock:
+        with self._starting:
             if self._pid == os.getpid():
                 return
+            if self._closed.is_set():
+                raise Draining
             if self._pid is not None:
                 raise RuntimeError(
                     "agentao-web was used before the fork. Start turns in the worker only, "
                     "not while the application is loaded."
                 )
+            self._peers.start(uuid.uuid4().hex)
             self._pid = os.getpid()
-            self._runner.worker = uuid.uuid4().hex
             self._janitor = threading.Thread(
                 target=self._watch_time, name="agentao-janitor", daemon=True
             )
@@ -319,14 +434,12 @@ class SessionPool:
         with self._lock:
             out = limits.expired(self._map.values(), now, self._caps.session_ttl)
             out += [e for e in self._over_caps() if e not in out]
-            doomed = [live for live in self._map.values() if live.deleting and not live.turns()]
         self._retire(out)
-        for live in doomed:
-            self._aside(functools.partial(self._remove, live))
+        self._peers.look(now)
 
     def _check(self, live: Live, turn: LiveTurn, now: float) -> None:
         reason = limits.overdue(turn.turn, now, max_waiting=self._caps.max_waiting_time)
-        if reason is None and turn.turn.request.on_disconnect == "cancel":
+        if reason is None and turn.turn.request.on_disconnect == "cancel" and not turn.kept:
             left_at = turn.left_at
             if left_at is not None:
                 alone = turn.turn.awake_for(now) - left_at
@@ -403,15 +516,16 @@ class SessionPool:
 
     def _wait_readers(self, until: float) -> None:
         """Let streams send what they have; the store is still there to ask."""
-        for live in self._sessions():
+        for live in self.sessions():
             live.wait_unread(max(0.0, until - time.monotonic()))
 
     def wake_readers(self) -> None:
         """Have every reader look around."""
-        for live in self._sessions():
+        for live in self.sessions():
             live.wake()
 
-    def _sessions(self) -> list[Live]:
+    def sessions(self) -> list[Live]:
+        """Every session in memory."""
         with self._lock:
             return list(self._map.values())
 
@@ -430,4 +544,12 @@ class SessionPool:
             live.close(force=True)
             self._runner.drop_agent(live)
         self._agents.close()
+        self._peers.close()
         self.store.close()
+
+
+def _status(turn: Turn) -> str:
+    """What a client is told of a turn that was accepted."""
+    if turn.state is State.QUEUED:
+        return "queued"
+    return turn.state.value if turn.state in ENDED else "running"

@@ -33,19 +33,20 @@ from agentao_web.core.errors import PayloadTooLarge
 from agentao_web.core.errors import Unauthorized
 from agentao_web.core.errors import UnsupportedMediaType
 from agentao_web.core.errors import WebError
+from agentao_web.core.log import Event
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
 from agentao_web.core.names import is_session_id
-from agentao_web.core.turn import State
 from agentao_web.live import Live
-from agentao_web.live import LiveTurn
 from agentao_web.readers import Reader
 from agentao_web.readers import Watcher
-from agentao_web.readers import ended
+from agentao_web.readers import ending
 from agentao_web.readers import poll
 from agentao_web.readers import stream
 from agentao_web.sessions import SessionPool
 from agentao_web.sessions import Started
+from agentao_web.store import ActiveTurn
+from agentao_web.store import SessionRow
 from agentao_web.wire import native
 from agentao_web.wire import openapi
 from agentao_web.wire import requests
@@ -142,21 +143,27 @@ def _key(principal: Principal, sid: str) -> SessionKey:
     request="TurnRequest",
     responses={200: "stream:TurnResult", 202: "Accepted"},
     errors=(400, 401, 403, 406, 409, 413, 415, 429, 503),
-    headers=("Prefer",),
+    headers=("Prefer", "Idempotency-Key"),
 )
 def start_turn(parts: Parts, key: SessionKey) -> Response:
     streams = _wants_stream(default=True)
     if request.mimetype != "application/json":
         raise UnsupportedMediaType
-    asked = requests.turn_request(request.get_data(), parts.settings, streams=streams)
+    asked = requests.turn_request(
+        request.get_data(),
+        parts.settings,
+        streams=streams,
+        key=request.headers.get("Idempotency-Key"),
+    )
     started = parts.pool.start(key, asked)
+    reader = _reader(parts, started.live, started.cursor, of=started)
     if streams:
-        return _stream(_reader(parts, started.live, started.cursor, started.turn), lease=None)
+        return _stream(reader, lease=None)
     wait = requests.preferred_wait(", ".join(request.headers.getlist("Prefer")))
-    if wait and ended(_reader(parts, started.live, started.cursor, started.turn), wait=wait):
-        response = jsonify(_result(key, started))
-    else:
-        response = _accepted(key, started)
+    final = None
+    if wait or started.status not in ("queued", "running"):
+        final = ending(reader, wait=wait or 0)
+    response = jsonify(_result(key, started, final)) if final else _accepted(key, started)
     if wait is not None:
         response.headers["Preference-Applied"] = f"wait={wait}"
     return response
@@ -237,21 +244,51 @@ def snapshot(parts: Parts, key: SessionKey) -> Response:
     row = parts.pool.store.session(key)
     if row is None:
         raise NotFound("no such session")
-    turns = live.turns()
-    running = turns[0] if turns and turns[0].claim is not None else None
+    states = {turn.turn.id: turn.turn.state.value for turn in live.turns()}
+    turns = parts.pool.store.active(key)
+    running = [_turn(turn, states) for turn in turns if turn.state == "running"]
     return jsonify(
-        session_id=key.id,
+        **_session(row),
         state=live.state(),
-        turn=running and _turn(running),
-        queued=[_turn(turn) for turn in turns if turn is not running],
+        turn=running[0] if running else None,
+        queued=[_turn(turn, states) for turn in turns if turn.state == "queued"],
         questions=[],
         cursor=live.head,
-        title=row.title,
-        created_at=row.created,
-        updated_at=row.updated,
-        turns=row.turns,
-        usage=dict(row.usage),
     )
+
+
+@route(
+    "PATCH",
+    "/session/<sid>",
+    "Give the session a title",
+    request="Rename",
+    responses={200: "Named"},
+    errors=(400, 401, 403, 404, 413, 415, 503),
+)
+def rename(parts: Parts, key: SessionKey) -> Response:
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaType
+    title = requests.title(request.get_data())
+    parts.pool.store.rename(key, title)
+    return jsonify(session_id=key.id, title=title)
+
+
+@route(
+    "GET",
+    "/sessions",
+    "The caller's sessions, last updated first, a page at a time",
+    query=("page", "page_limit"),
+    responses={200: "SessionPage"},
+    errors=(400, 401, 503),
+)
+def sessions(parts: Parts, principal: Principal) -> Response:
+    limit = requests.number(request.args.get("limit"), "limit", least=1, most=_MAX_PAGE) or _PAGE
+    before = requests.page_mark(request.args.get("page"))
+    store = parts.pool.store
+    rows = store.sessions(principal.tenant, principal.user, before=before, limit=limit + 1)
+    page = rows[:limit]
+    following = requests.mark(page[-1].updated, page[-1].key.id) if len(rows) > limit else None
+    return jsonify(sessions=[_session(row) for row in page], next=following)
 
 
 @route(
@@ -316,16 +353,26 @@ def _wants_stream(*, default: bool) -> bool:
     return default
 
 
-def _reader(parts: Parts, live: Live, cursor: int | None, turn: LiveTurn | None = None) -> Reader:
+def _reader(parts: Parts, live: Live, cursor: int | None, of: Started | None = None) -> Reader:
+    """A reader of the session, or *of* one turn."""
     sock = _socket()
     if sock is not None:
         # A reader that takes nothing must not hold its thread for ever.
         sock.settimeout(parts.settings.send_timeout)
     pool = parts.pool
-    # The stream of a turn lives as long as the turn; all others end when the worker goes.
-    dismissed = (lambda: False) if turn is not None else (lambda: pool.draining)
+    mine = of is not None and of.turn is not None
+    if not mine:
+        pool.read_here(live)
     return Reader(
-        live, pool.store, cursor, turn=turn, watcher=parts.watcher, sock=sock, dismissed=dismissed
+        live,
+        pool.store,
+        cursor,
+        turn=of.turn if of is not None else None,
+        turn_id=of.turn_id if of is not None else None,
+        watcher=parts.watcher,
+        sock=sock,
+        # The stream of our own turn lives as long as it; all others end when the worker goes.
+        dismissed=(lambda: False) if mine else (lambda: pool.draining),
     )
 
 
@@ -351,12 +398,11 @@ def _stream(reader: Reader, *, lease: float | None, follow: bool = False) -> Res
 
 
 def _accepted(key: SessionKey, started: Started) -> Response:
-    turn = started.turn.turn
     url = url_for(".events", sid=key.id, after=started.cursor)
     response = jsonify(
         session_id=key.id,
-        turn_id=turn.id,
-        status="queued" if turn.state is State.QUEUED else "running",
+        turn_id=started.turn_id,
+        status=started.status,
         cursor=started.cursor,
         events_url=url,
     )
@@ -365,13 +411,11 @@ def _accepted(key: SessionKey, started: Started) -> Response:
     return response
 
 
-def _result(key: SessionKey, started: Started) -> dict[str, t.Any]:
+def _result(key: SessionKey, started: Started, final: Event) -> dict[str, t.Any]:
     """How a turn ended, for a client that waited."""
-    final = started.turn.final
-    assert final is not None
     return {
         "session_id": key.id,
-        "turn_id": started.turn.turn.id,
+        "turn_id": started.turn_id,
         "reply": "",
         **final.data,
         **final.extra,
@@ -379,14 +423,25 @@ def _result(key: SessionKey, started: Started) -> dict[str, t.Any]:
     }
 
 
-def _turn(live: LiveTurn) -> dict[str, t.Any]:
-    turn = live.turn
+def _turn(turn: ActiveTurn, states: dict[str, str]) -> dict[str, t.Any]:
     return {
         "turn_id": turn.id,
-        "state": turn.state.value,
-        "message": turn.request.message,
+        # Ours may be waiting or stopping; of another worker's we know that it runs.
+        "state": states.get(turn.id, turn.state),
+        "message": turn.message,
         "created_at": turn.created,
-        "cursor": live.cursor,
+        "cursor": turn.cursor,
+    }
+
+
+def _session(row: SessionRow) -> dict[str, t.Any]:
+    return {
+        "session_id": row.key.id,
+        "title": row.title,
+        "created_at": row.created,
+        "updated_at": row.updated,
+        "turns": row.turns,
+        "usage": dict(row.usage),
     }
 
 

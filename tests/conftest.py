@@ -8,6 +8,11 @@ import time
 
 import pytest
 
+from tests.store.postgres import postgres_server
+from tests.store.postgres import postgres_url
+
+__all__ = ["postgres_server", "postgres_url"]
+
 
 @pytest.fixture(autouse=True)
 def no_thread_outlives_its_test() -> cabc.Iterator[None]:

@@ -112,6 +112,7 @@ class TestCaps:
     max_turns_per_tenant: int | None = None
     max_queue: int = 4
     log_bytes: int = 2**20
+    worker_lease: float = 10.0
 
 
 class Clock:
@@ -139,10 +140,10 @@ def until_stopped(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
 class Probe:
     """A pool with fakes around it, and the questions tests ask."""
 
-    def __init__(self, script: Script = say_ok, **caps: t.Any) -> None:
+    def __init__(self, script: Script = say_ok, *, store: t.Any = None, **caps: t.Any) -> None:
         self.agents = FakeAgents(script)
         self.caps = TestCaps(**caps)
-        self.store: t.Any = MemoryStore(
+        self.store: t.Any = store or MemoryStore(
             max_per_tenant=self.caps.max_sessions_per_tenant, seed=1, log_bytes=2**22
         )
         self.pool = SessionPool(self.store, self.agents, self.caps)
@@ -159,6 +160,7 @@ class Probe:
 
     def events(self, started: Started) -> list[Event]:
         """Every event of the turn, once it has ended."""
+        assert started.turn is not None
         return read_turn(self.pool, started.live, started.turn, started.cursor)
 
     def run(self, message: str = "hi", sid: str = "s", **options: t.Any) -> Event:

@@ -22,9 +22,10 @@ DOORS: dict[str, set[str]] = {
     "live": {"core", "store"},
     "readers": {"core", "live", "store"},
     "runner": {"core", "live", "store"},
-    "sessions": {"core", "live", "runner", "store"},
+    "peers": {"core", "live", "runner", "store"},
+    "sessions": {"core", "live", "peers", "runner", "store"},
     "agents": {"core", "demo"},
-    "views": {"auth", "config", "core", "live", "readers", "sessions", "wire"},
+    "views": {"auth", "config", "core", "live", "readers", "sessions", "store", "wire"},
     "extension": {
         "agents",
         "auth",
@@ -35,7 +36,7 @@ DOORS: dict[str, set[str]] = {
         "views",
     },
     "workers": {"config", "extension"},
-    "cli": {"agents", "auth", "config", "core"},
+    "cli": {"agents", "auth", "config", "core", "extension", "store"},
     "testing": {"agents", "core"},
     "__init__": {"agents", "core", "extension"},
 }
@@ -56,7 +57,14 @@ ONLY_IN = {
 
 #: Calls that start or wait for threads, and the files they belong in.
 THREADS = {
-    "Thread": {"readers.py", "runner.py", "sessions.py", "workers.py", "store/writer.py"},
+    "Thread": {
+        "readers.py",
+        "runner.py",
+        "peers.py",
+        "sessions.py",
+        "workers.py",
+        "store/writer.py",
+    },
     "Condition": {"live.py", "runner.py"},
 }
 

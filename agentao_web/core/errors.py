@@ -82,6 +82,13 @@ class SessionBusy(WebError):
     retry_after = 1
 
 
+class IdempotencyConflict(WebError):
+    """This Idempotency-Key was used with another body."""
+
+    status = 409
+    code = "idempotency_conflict"
+
+
 class PayloadTooLarge(WebError):
     """The request body is too large."""
 

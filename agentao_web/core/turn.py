@@ -71,6 +71,8 @@ STOP_REASONS: t.Final[dict[str, State]] = {
     "turn_timeout": _S.TIMED_OUT,
     "waiting_timeout": _S.TIMED_OUT,
     "event_limit": _S.INCOMPLETE,
+    "worker_lost": _S.FAILED,
+    "store_unavailable": _S.FAILED,
 }
 
 
@@ -88,6 +90,8 @@ class TurnRequest:
     on_disconnect: t.Literal["cancel", "continue"] = "continue"
     timeout: float | None = None
     """Seconds of running time, at most the server's ``TURN_TIMEOUT``."""
+    use: tuple[str, str] | None = None
+    """The Idempotency-Key, and the SHA-256 of the body it came with."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,23 @@ class TurnRow:
     images: int
     created: float
     worker: str
+    """Who accepted it: the only worker that may run it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyUse:
+    """An ``Idempotency-Key`` and the SHA-256 of the body it came with, in hexadecimal."""
+
+    key: str
+    body: str
+
+
+class AlreadyAccepted(Exception):
+    """The same key with the same body was accepted before, as turn ``turn_id``."""
+
+    def __init__(self, turn_id: str) -> None:
+        self.turn_id = turn_id
+        super().__init__(turn_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +56,8 @@ class Claim:
     """The first event of the claim, written with it."""
     version: int = 0
     """The session's version: an agent that has another one is out of date."""
+    head: int = 0
+    """The last ``seq`` of the log before this claim; 0 for a new session."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +71,61 @@ class SessionRow:
     head: int
     """The last ``seq`` written."""
     version: int
-    """Grows by one with each finished turn; an agent behind it is rebuilt."""
+    """The generation of the last finished turn, so never the same twice; 0 before the first."""
     turns: int
     usage: cabc.Mapping[str, int]
     deleting: bool = False
+    turn_id: str | None = None
+    """The running turn, whoever runs it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ActiveTurn:
+    """A turn that is queued or runs, on whichever worker."""
+
+    id: str
+    worker: str
+    state: t.Literal["queued", "running"]
+    message: str
+    created: float
+    cursor: int
+    """The place in the log just before its first event."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EndedTurn:
+    """How a turn ended: its terminal event, and the place just before its first event."""
+
+    final: Event
+    cursor: int
+
+
+class Revocation(t.NamedTuple):
+    """Tokens of a tenant, or of one user of it (None: of all), issued before a moment are void."""
+
+    tenant: str
+    user: str | None
+    before: float
+
+
+class Signal(t.NamedTuple):
+    """Another worker asks ours to stop a turn it accepted."""
+
+    key: SessionKey
+    turn_id: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Orphan:
+    """A turn whose worker has not shown a sign of life for too long."""
+
+    key: SessionKey
+    turn_id: str
+    running: bool
+    """It held the claim; otherwise it was queued."""
+    cursor: int
+    """The place in the log just before its first event."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,19 +162,46 @@ class MessagePage:
 class Store(t.Protocol):
     """Where sessions live. All methods are thread-safe; every one may raise StoreUnavailable."""
 
-    def claim(self, key: SessionKey, turn: TurnRow, opening: Draft, now: float) -> Claim:
+    # -- turns ---------------------------------------------------------------------------------
+
+    def claim(
+        self,
+        key: SessionKey,
+        turn: TurnRow,
+        opening: Draft,
+        now: float,
+        use: KeyUse | None = None,
+    ) -> Claim:
         """Commit *turn*, its message and its first event, and take the session for it.
 
-        Creates the session if need be. A queued turn's row becomes the running one.
-        Raises SessionBusy if another turn holds the claim or the session is being deleted, and
-        TooManySessions if the tenant has no room for a new one.
+        Creates the session if need be. A queued turn's row becomes the running one; only the
+        first of the queue may claim, and a turn that was not queued only if the queue is empty.
+
+        Raises SessionBusy if another turn holds the claim or is before this one, or if the session
+        is being deleted (details ``reason: "deleting"``); TooManySessions if the tenant has no
+        room for a new one; AlreadyAccepted or IdempotencyConflict for a *use* that is not new.
         """
 
-    def enqueue(self, key: SessionKey, turn: TurnRow) -> None:
-        """Commit a turn that waits for the running one."""
+    def enqueue(
+        self,
+        key: SessionKey,
+        turn: TurnRow,
+        *,
+        limit: int,
+        first: bool = False,
+        use: KeyUse | None = None,
+    ) -> int:
+        """Commit a turn that waits for the running one, behind the others or as the *first*.
 
-    def dequeue(self, key: SessionKey, turn_id: str, outcome: Outcome) -> None:
-        """A queued turn ended without having begun."""
+        Returns its position, 1 for the next to run. Raises TooManyTurns if *limit* turns wait,
+        SessionBusy for a session being deleted, NotFound for an unknown one; *use* as above.
+        """
+
+    def accepted(self, key: SessionKey, use: KeyUse) -> str | None:
+        """The turn that was accepted with *use*; None for a new key, IdempotencyConflict."""
+
+    def dequeue(self, key: SessionKey, turn_id: str) -> None:
+        """A queued turn ended without having begun. Harmless twice."""
 
     def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
         """Write a batch to the log; ClaimLost if the claim is no longer ours."""
@@ -112,8 +209,32 @@ class Store(t.Protocol):
     def finish(self, claim: Claim, finish: Finish) -> None:
         """The terminal transaction, which also releases the claim; ClaimLost as above."""
 
+    def active(self, key: SessionKey) -> list[ActiveTurn]:
+        """The running turn, if any, then the queued ones in their order."""
+
+    def ended(self, key: SessionKey, turn_id: str) -> EndedTurn | None:
+        """How a turn ended, for one who joins it later; None if it has not, or is unknown."""
+
+    # -- reading -------------------------------------------------------------------------------
+
     def session(self, key: SessionKey) -> SessionRow | None:
         """The session's row, or None if there is none."""
+
+    def sessions(
+        self,
+        tenant: str | None,
+        user: str | None,
+        *,
+        before: tuple[float, str] | None,
+        limit: int,
+    ) -> list[SessionRow]:
+        """Sessions, last updated first; *before* is (updated, id) of the last one seen.
+
+        None for *tenant* or *user* means all of them: for the operator, never for a request.
+        """
+
+    def heads(self, keys: cabc.Collection[SessionKey]) -> dict[SessionKey, SessionRow]:
+        """The rows of those of *keys* that exist, in one question."""
 
     def events(self, key: SessionKey, after: int | None, *, limit: int, max_bytes: int) -> Slice:
         """A part of the log, as EventLog.after gives it; NotFound for an unknown session."""
@@ -126,11 +247,55 @@ class Store(t.Protocol):
     def history(self, key: SessionKey) -> History:
         """What the model is to get; empty for an unknown session."""
 
+    # -- changing ------------------------------------------------------------------------------
+
+    def rename(self, key: SessionKey, title: str) -> None:
+        """Give the session a title; NotFound for an unknown one."""
+
     def tombstone(self, key: SessionKey) -> bool:
         """Refuse new turns from now on; False if there is no such session."""
 
     def delete(self, key: SessionKey) -> None:
-        """Remove every row of the session. Harmless twice."""
+        """Remove every row of the session, its idempotency keys too. Harmless twice."""
+
+    def revoke(self, tenant: str, user: str | None, before: float) -> None:
+        """Tokens of the tenant, or of one *user* of it, issued before that moment are void."""
+
+    def revocations(self) -> list[Revocation]:
+        """Everything that was revoked."""
+
+    def prune(self, before: float) -> int:
+        """Remove sessions not updated since *before*, but none with a turn; how many."""
+
+    # -- workers -------------------------------------------------------------------------------
+
+    def beat(self, worker: str) -> None:
+        """*worker* is alive now, by the store's own clock."""
+
+    def leave(self, worker: str) -> None:
+        """*worker* has gone cleanly: its heartbeat and its signals are removed."""
+
+    def signal(self, key: SessionKey, reason: str, *, but: str, running_only: bool = False) -> int:
+        """Ask the workers of the session's active turns to stop them, all but worker *but*'s own.
+
+        With *running_only* the queued ones are spared. Returns how many turns that are.
+        """
+
+    def signals(self, worker: str) -> list[Signal]:
+        """What others asked of *worker* since the last time; each is given once."""
+
+    def doomed(self) -> list[SessionKey]:
+        """Sessions with a tombstone and no active turn: somebody has to remove them."""
+
+    def orphans(self, lease: float) -> list[Orphan]:
+        """Active turns whose worker's last beat is more than *lease* seconds ago, or unknown."""
+
+    def take_over(self, orphan: Orphan, worker: str) -> Claim | None:
+        """Take the session from a dead worker to end *orphan*, in a new generation.
+
+        The claim has an opening that was not written: the caller finishes at once. A queued orphan
+        is removed and None returned, as for one that somebody else has taken over already.
+        """
 
     def close(self) -> None:
         """Give back what the store holds open."""

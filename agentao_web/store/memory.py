@@ -14,25 +14,36 @@ import time
 import typing as t
 
 from agentao_web.core.errors import ClaimLost
+from agentao_web.core.errors import IdempotencyConflict
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import TooManySessions
+from agentao_web.core.errors import TooManyTurns
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.log import EventLog
 from agentao_web.core.log import Slice
+from agentao_web.core.log import first_seq
 from agentao_web.core.names import SessionKey
-from agentao_web.core.turn import Outcome
+from agentao_web.store import ActiveTurn
+from agentao_web.store import AlreadyAccepted
 from agentao_web.store import Claim
+from agentao_web.store import EndedTurn
 from agentao_web.store import Finish
 from agentao_web.store import History
+from agentao_web.store import KeyUse
 from agentao_web.store import MessagePage
+from agentao_web.store import Orphan
+from agentao_web.store import Revocation
 from agentao_web.store import SessionRow
+from agentao_web.store import Signal
 from agentao_web.store import TurnRow
 
 _TITLE_LENGTH = 80
 #: Start of the clock that seeds the generations (2026-01-01), and claims a second it allows for.
 _EPOCH, _PER_SECOND = 1_767_225_600, 16
+#: How long an Idempotency-Key is kept.
+KEY_SECONDS: t.Final = 24 * 3600.0
 
 
 def generation_seed(now: float) -> int:
@@ -43,12 +54,76 @@ def generation_seed(now: float) -> int:
     return max(1, int((now - _EPOCH) * _PER_SECOND))
 
 
+def title_of(message: str) -> str:
+    """What a session is called until someone renames it."""
+    return " ".join(message.split())[:_TITLE_LENGTH]
+
+
+def added(usage: cabc.Mapping[str, int], more: cabc.Mapping[str, int]) -> dict[str, int]:
+    """Both usages together."""
+    return {name: usage.get(name, 0) + more.get(name, 0) for name in (*usage, *more)}
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownKey:
+    """What an Idempotency-Key was used for."""
+
+    body: str
+    turn_id: str
+    created: float
+
+
+def used_by(known: KnownKey | None, use: KeyUse, now: float) -> str | None:
+    """The turn that was accepted with *use*; IdempotencyConflict if its body was another."""
+    if known is None or now - known.created >= KEY_SECONDS:
+        return None
+    if known.body != use.body:
+        raise IdempotencyConflict
+    return known.turn_id
+
+
+def check_use(known: KnownKey | None, use: KeyUse, turn: TurnRow, now: float) -> None:
+    """Refuse a *use* that is not new; a turn may come again with its own (queued, then claimed)."""
+    turn_id = used_by(known, use, now)
+    if turn_id is not None and turn_id != turn.id:
+        raise AlreadyAccepted(turn_id)
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundOrphan(Orphan):
+    """An orphan and the claim it was found with: one that is newer was taken over already."""
+
+    generation: int | None = None
+
+
+def taken_over(orphan: Orphan, generation: int, version: int, head: int) -> Claim:
+    """The claim that ends *orphan*; its opening has a number but is nowhere written."""
+    opening = Event(first_seq(generation) + 1, orphan.turn_id, "turn_begin", {}, 0.0)
+    return Claim(orphan.key, generation, orphan.turn_id, opening, version, head)
+
+
+def page_of(count: int, before: int | None, after: int | None, limit: int) -> tuple[int, int, bool]:
+    """Which of *count* entries are on the page, from and up to, and whether there are more."""
+    if after is not None:
+        stop = min(count, after + limit)
+        return min(count, after), stop, stop < count
+    stop = count if before is None else min(count, before - 1)
+    start = max(0, stop - limit)
+    return start, stop, start > 0
+
+
 @dataclasses.dataclass
 class _Record:
     row: SessionRow
     log: EventLog
     generation: int | None = None
-    turns: dict[str, str] = dataclasses.field(default_factory=dict)
+    running: TurnRow | None = None
+    queue: list[TurnRow] = dataclasses.field(default_factory=list)
+    cursor: int = 0
+    """The place just before the running turn's first event."""
+    ended: dict[str, EndedTurn | None] = dataclasses.field(default_factory=dict)
+    """None for a queued turn that was ended for its worker: it must not begin any more."""
+    keys: dict[str, KnownKey] = dataclasses.field(default_factory=dict)
     transcript: list[dict[str, t.Any]] = dataclasses.field(default_factory=list)
     history: list[str] = dataclasses.field(default_factory=list)
     epoch: int = 0
@@ -64,6 +139,7 @@ class MemoryStore:
         max_per_tenant: int | None = None,
         log_bytes: int = 4 * 2**20,
         seed: int | None = None,
+        clock: cabc.Callable[[], float] = time.monotonic,
     ) -> None:
         self._lock = threading.Lock()
         self._records: dict[SessionKey, _Record] = {}
@@ -71,35 +147,64 @@ class MemoryStore:
         self._max_sessions = max_sessions
         self._max_per_tenant = max_per_tenant
         self._log_bytes = log_bytes
+        self._clock = clock
+        self._beats: dict[str, float] = {}
+        self._revoked: dict[tuple[str, str | None], float] = {}
+        #: What was asked -> of which worker; asked twice is asked once.
+        self._signals: dict[Signal, str] = {}
 
-    def claim(self, key: SessionKey, turn: TurnRow, opening: Draft, now: float) -> Claim:
+    # -- turns ---------------------------------------------------------------------------------
+
+    def claim(
+        self,
+        key: SessionKey,
+        turn: TurnRow,
+        opening: Draft,
+        now: float,
+        use: KeyUse | None = None,
+    ) -> Claim:
         with self._lock:
-            record = self._records.get(key) or self._create(key, turn, now)
-            if record.row.deleting:
-                raise SessionBusy("this session is being deleted", reason="deleting")
-            if record.generation is not None:
+            record = self._records.get(key)
+            if record is None:
+                record = self._create(key, turn, now)
+            self._may_come(record, turn, use)
+            if record.running is not None:
                 raise SessionBusy("this session is already answering")
-            self._generation += 1
-            record.generation = self._generation
-            record.turns[turn.id] = "running"
-            record.log.claim(self._generation)
-            event = record.log.number(opening, turn.id, now)
-            self._write(record, [event])
-            record.row = dataclasses.replace(record.row, updated=now, turns=record.row.turns + 1)
-            return Claim(key, self._generation, turn.id, event, record.row.version)
+            if record.queue and record.queue[0].id != turn.id:
+                raise SessionBusy("another turn of this session is first")
+            record.queue = record.queue[1:]
+            return self._begin(record, turn, opening, now, use)
 
-    def enqueue(self, key: SessionKey, turn: TurnRow) -> None:
+    def enqueue(
+        self,
+        key: SessionKey,
+        turn: TurnRow,
+        *,
+        limit: int,
+        first: bool = False,
+        use: KeyUse | None = None,
+    ) -> int:
         with self._lock:
             record = self._known(key)
-            if record.row.deleting:
-                raise SessionBusy("this session is being deleted", reason="deleting")
-            record.turns[turn.id] = "queued"
+            self._may_come(record, turn, use)
+            if len(record.queue) >= limit:
+                raise TooManyTurns("too many turns of this session are waiting")
+            place = 0 if first else len(record.queue)
+            record.queue.insert(place, turn)
+            self._remember(record, turn, use)
+            return place + 1
 
-    def dequeue(self, key: SessionKey, turn_id: str, outcome: Outcome) -> None:
+    def accepted(self, key: SessionKey, use: KeyUse) -> str | None:
+        with self._lock:
+            record = self._records.get(key)
+            known = None if record is None else record.keys.get(use.key)
+            return used_by(known, use, self._clock())
+
+    def dequeue(self, key: SessionKey, turn_id: str) -> None:
         with self._lock:
             record = self._records.get(key)
             if record is not None:
-                record.turns.pop(turn_id, None)
+                record.queue = [turn for turn in record.queue if turn.id != turn_id]
 
     def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
         with self._lock:
@@ -115,20 +220,58 @@ class MemoryStore:
                 record.epoch += 1
                 record.history = []
             record.history.extend(messages)
-            record.turns.pop(claim.turn_id, None)
-            record.generation = None
-            usage = dict(record.row.usage)
-            for name, amount in finish.outcome.usage.items():
-                usage[name] = usage.get(name, 0) + amount
-            version = record.row.version + 1
+            record.ended[claim.turn_id] = EndedTurn(finish.events[-1], record.cursor)
+            record.running = record.generation = None
             record.row = dataclasses.replace(
-                record.row, updated=finish.now, usage=usage, version=version
+                record.row,
+                updated=finish.now,
+                usage=added(record.row.usage, finish.outcome.usage),
+                version=claim.generation,
+                turn_id=None,
             )
+
+    def active(self, key: SessionKey) -> list[ActiveTurn]:
+        with self._lock:
+            record = self._records.get(key)
+            return [] if record is None else _active(record)
+
+    def ended(self, key: SessionKey, turn_id: str) -> EndedTurn | None:
+        with self._lock:
+            record = self._records.get(key)
+            return None if record is None else record.ended.get(turn_id)
+
+    # -- reading -------------------------------------------------------------------------------
 
     def session(self, key: SessionKey) -> SessionRow | None:
         with self._lock:
             record = self._records.get(key)
             return None if record is None else record.row
+
+    def sessions(
+        self,
+        tenant: str | None,
+        user: str | None,
+        *,
+        before: tuple[float, str] | None,
+        limit: int,
+    ) -> list[SessionRow]:
+        def place(row: SessionRow) -> tuple[float, str]:
+            return row.updated, row.key.id
+
+        with self._lock:
+            rows = [record.row for record in self._records.values()]
+        rows = [
+            row
+            for row in rows
+            if tenant in (None, row.key.tenant)
+            and user in (None, row.key.user)
+            and (before is None or place(row) < before)
+        ]
+        return sorted(rows, key=place, reverse=True)[:limit]
+
+    def heads(self, keys: cabc.Collection[SessionKey]) -> dict[SessionKey, SessionRow]:
+        with self._lock:
+            return {key: self._records[key].row for key in keys if key in self._records}
 
     def events(self, key: SessionKey, after: int | None, *, limit: int, max_bytes: int) -> Slice:
         with self._lock:
@@ -139,13 +282,7 @@ class MemoryStore:
     ) -> MessagePage:
         with self._lock:
             entries = self._known(key).transcript
-            if after is not None:
-                start, stop = after, min(len(entries), after + limit)
-                more = stop < len(entries)
-            else:
-                stop = len(entries) if before is None else min(len(entries), before - 1)
-                start = max(0, stop - limit)
-                more = start > 0
+            start, stop, more = page_of(len(entries), before, after, limit)
             page = [{"id": i + 1, **entries[i]} for i in range(start, stop)]
         return MessagePage(page, more)
 
@@ -157,6 +294,13 @@ class MemoryStore:
             texts, epoch, version = list(record.history), record.epoch, record.row.version
         return History([json.loads(text) for text in texts], epoch, version)
 
+    # -- changing ------------------------------------------------------------------------------
+
+    def rename(self, key: SessionKey, title: str) -> None:
+        with self._lock:
+            record = self._known(key)
+            record.row = dataclasses.replace(record.row, title=title)
+
     def tombstone(self, key: SessionKey) -> bool:
         with self._lock:
             record = self._records.get(key)
@@ -167,11 +311,96 @@ class MemoryStore:
 
     def delete(self, key: SessionKey) -> None:
         with self._lock:
-            self._records.pop(key, None)
+            self._forget(key)
+
+    def revoke(self, tenant: str, user: str | None, before: float) -> None:
+        with self._lock:
+            # What was void stays void.
+            last = self._revoked.get((tenant, user), before)
+            self._revoked[tenant, user] = max(last, before)
+
+    def revocations(self) -> list[Revocation]:
+        with self._lock:
+            return [Revocation(*whose, before) for whose, before in self._revoked.items()]
+
+    def prune(self, before: float) -> int:
+        with self._lock:
+            old = [k for k, r in self._records.items() if r.row.updated < before and not _active(r)]
+            for key in old:
+                self._forget(key)
+        return len(old)
+
+    # -- workers -------------------------------------------------------------------------------
+
+    def beat(self, worker: str) -> None:
+        with self._lock:
+            self._beats[worker] = self._clock()
+
+    def leave(self, worker: str) -> None:
+        with self._lock:
+            self._beats.pop(worker, None)
+        self.signals(worker)
+
+    def signal(self, key: SessionKey, reason: str, *, but: str, running_only: bool = False) -> int:
+        with self._lock:
+            record = self._records.get(key)
+            turns = [] if record is None else [a for a in _active(record) if a.worker != but]
+            if running_only:
+                turns = [turn for turn in turns if turn.state == "running"]
+            for turn in turns:
+                self._signals[Signal(key, turn.id, reason)] = turn.worker
+            return len(turns)
+
+    def signals(self, worker: str) -> list[Signal]:
+        with self._lock:
+            mine = [signal for signal, to in self._signals.items() if to == worker]
+            for signal in mine:
+                del self._signals[signal]
+        return mine
+
+    def doomed(self) -> list[SessionKey]:
+        with self._lock:
+            return [k for k, r in self._records.items() if r.row.deleting and not _active(r)]
+
+    def orphans(self, lease: float) -> list[Orphan]:
+        with self._lock:
+            oldest = self._clock() - lease
+            alive = {worker for worker, beat in self._beats.items() if beat >= oldest}
+            return [
+                FoundOrphan(
+                    record.row.key,
+                    turn.id,
+                    turn.state == "running",
+                    turn.cursor,
+                    record.generation if turn.state == "running" else None,
+                )
+                for record in self._records.values()
+                for turn in _active(record)
+                if turn.worker not in alive
+            ]
+
+    def take_over(self, orphan: Orphan, worker: str) -> Claim | None:
+        with self._lock:
+            record = self._records.get(orphan.key)
+            if record is None:
+                return None
+            if not orphan.running:
+                self._end_queued(record, orphan)
+                return None
+            if not _is_still(orphan, record):
+                return None
+            assert record.running is not None
+            self._unsignal(orphan)
+            record.running = dataclasses.replace(record.running, worker=worker)
+            generation = self._number(record)
+            return taken_over(orphan, generation, record.row.version, record.row.head)
 
     def close(self) -> None:
         with self._lock:
             self._records.clear()
+            self._signals.clear()
+
+    # -- inside --------------------------------------------------------------------------------
 
     def _create(self, key: SessionKey, turn: TurnRow, now: float) -> _Record:
         if self._max_per_tenant is not None:
@@ -180,16 +409,20 @@ class MemoryStore:
                 raise TooManySessions("this tenant has no room for another session")
         if len(self._records) >= self._max_sessions:
             self._forget_oldest()
-        title = " ".join(turn.message.split())[:_TITLE_LENGTH]
+        title = title_of(turn.message)
         row = SessionRow(key, title, now, now, head=0, version=0, turns=0, usage={})
         record = self._records[key] = _Record(row, EventLog(max_bytes=self._log_bytes))
         return record
 
     def _forget_oldest(self) -> None:
-        idle = [k for k, r in self._records.items() if r.generation is None and not r.turns]
+        idle = [k for k, r in self._records.items() if not _active(r)]
         if not idle:
             raise TooManySessions("every session is in use")
-        del self._records[min(idle, key=lambda k: self._records[k].row.updated)]
+        self._forget(min(idle, key=lambda k: self._records[k].row.updated))
+
+    def _forget(self, key: SessionKey) -> None:
+        if self._records.pop(key, None) is not None:
+            self._signals = {s: w for s, w in self._signals.items() if s.key != key}
 
     def _known(self, key: SessionKey) -> _Record:
         record = self._records.get(key)
@@ -203,8 +436,68 @@ class MemoryStore:
             raise ClaimLost
         return record
 
+    def _may_come(self, record: _Record, turn: TurnRow, use: KeyUse | None) -> None:
+        if record.row.deleting:
+            raise SessionBusy("this session is being deleted", reason="deleting")
+        if turn.id in record.ended:
+            raise ClaimLost
+        if use is not None:
+            check_use(record.keys.get(use.key), use, turn, self._clock())
+
+    def _begin(
+        self, record: _Record, turn: TurnRow, opening: Draft, now: float, use: KeyUse | None
+    ) -> Claim:
+        row, generation = record.row, self._number(record)
+        record.running, record.cursor = turn, row.head
+        record.log.claim(generation)
+        event = record.log.number(opening, turn.id, now)
+        self._write(record, [event])
+        self._remember(record, turn, use)
+        record.row = dataclasses.replace(
+            record.row, updated=now, turns=row.turns + 1, turn_id=turn.id
+        )
+        return Claim(row.key, generation, turn.id, event, row.version, row.head)
+
+    def _remember(self, record: _Record, turn: TurnRow, use: KeyUse | None) -> None:
+        if use is not None:
+            now = self._clock()
+            fresh = {k: v for k, v in record.keys.items() if now - v.created < KEY_SECONDS}
+            record.keys = {**fresh, use.key: KnownKey(use.body, turn.id, now)}
+
+    def _number(self, record: _Record) -> int:
+        self._generation += 1
+        record.generation = self._generation
+        return self._generation
+
+    def _end_queued(self, record: _Record, orphan: Orphan) -> None:
+        if any(turn.id == orphan.turn_id for turn in record.queue):
+            record.queue = [turn for turn in record.queue if turn.id != orphan.turn_id]
+            record.ended[orphan.turn_id] = None
+            self._unsignal(orphan)
+
+    def _unsignal(self, orphan: Orphan) -> None:
+        mine = (orphan.key, orphan.turn_id)
+        self._signals = {s: w for s, w in self._signals.items() if (s.key, s.turn_id) != mine}
+
     def _write(self, record: _Record, events: cabc.Sequence[Event]) -> None:
         for event in events:
-            record.log.add(event)
+            # What is there was written by an attempt that seemed to fail.
+            if event.seq is not None and event.seq > record.log.head:
+                record.log.add(event)
         record.log.trim()
         record.row = dataclasses.replace(record.row, head=record.log.head)
+
+
+def _active(record: _Record) -> list[ActiveTurn]:
+    def row(turn: TurnRow, state: t.Literal["queued", "running"], cursor: int) -> ActiveTurn:
+        return ActiveTurn(turn.id, turn.worker, state, turn.message, turn.created, cursor)
+
+    running = [] if record.running is None else [row(record.running, "running", record.cursor)]
+    return running + [row(turn, "queued", record.row.head) for turn in record.queue]
+
+
+def _is_still(orphan: Orphan, record: _Record) -> bool:
+    if record.row.turn_id != orphan.turn_id or record.running is None:
+        return False
+    found = orphan.generation if isinstance(orphan, FoundOrphan) else record.generation
+    return record.generation == found

@@ -184,7 +184,7 @@ SCHEMAS: t.Final[dict[str, Schema]] = {
         "session_id turn_id status cursor events_url",
         session_id=_STRING,
         turn_id=_STRING,
-        status=_enum("queued", "running"),
+        status=_enum(*(s.value for s in State)),
         cursor=_INTEGER,
         events_url=_STRING,
     ),
@@ -237,6 +237,26 @@ SCHEMAS: t.Final[dict[str, Schema]] = {
         turns=_INTEGER,
         usage=_USAGE,
     ),
+    "Rename": {
+        **_object("title", title={"type": "string", "minLength": 1, "maxLength": 200}),
+        "additionalProperties": False,
+    },
+    "Named": _object("session_id title", session_id=_STRING, title=_STRING),
+    "SessionPage": _object(
+        "sessions next",
+        sessions=_list(
+            _object(
+                "session_id title created_at updated_at turns usage",
+                session_id=_STRING,
+                title=_STRING,
+                created_at=_NUMBER,
+                updated_at=_NUMBER,
+                turns=_INTEGER,
+                usage=_USAGE,
+            )
+        ),
+        next={"type": ["string", "null"], "description": "page= of the next page"},
+    ),
     "MessagePage": _object(
         "messages more",
         messages=_list(
@@ -266,6 +286,7 @@ _PARAMETERS: t.Final[dict[str, Schema]] = {
     "page_limit": _query(
         "limit", "Entries at most", {"type": "integer", "minimum": 1, "maximum": 200}
     ),
+    "page": _query("page", "The next of the page before", _STRING),
     "follow": _query(
         "follow", "1: the stream stays when idle", {"type": "integer", "enum": [0, 1]}
     ),
@@ -274,6 +295,12 @@ _PARAMETERS: t.Final[dict[str, Schema]] = {
         "in": "header",
         "description": "wait=N: with application/json, wait up to N (60) seconds for the end",
         "schema": _STRING,
+    },
+    "Idempotency-Key": {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "description": "Good for 24 hours: the same body joins the first turn, another is 409",
+        "schema": {"type": "string", "minLength": 1, "maxLength": 255},
     },
     "Last-Event-ID": {
         "name": "Last-Event-ID",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
+import math
 import re
 import typing as t
 
 from agentao_web.core.errors import InvalidRequest
 from agentao_web.core.errors import PayloadTooLarge
 from agentao_web.core.log import MAX_SEQ
+from agentao_web.core.names import is_session_id
 from agentao_web.core.turn import TurnRequest
 
 #: What the model's providers take inline (agentao/media_limits.py), and how each begins.
@@ -24,6 +27,8 @@ _IMAGES: t.Final = {
 _WAIT = re.compile(r'(?:^|[,;\s])wait\s*=\s*"?(\d{1,9})"?\s*(?:[,;]|$)')
 _INTEGER = re.compile(r"\d{1,16}")
 MAX_WAIT: t.Final = 60
+MAX_TITLE: t.Final = 200
+_KEY = re.compile(r"[!-~]{1,255}")
 _MISSING: t.Final = object()
 
 
@@ -56,7 +61,9 @@ class Limits(t.Protocol):
     def turn_timeout(self) -> float: ...
 
 
-def turn_request(body: bytes, limits: Limits, *, streams: bool) -> TurnRequest:
+def turn_request(
+    body: bytes, limits: Limits, *, streams: bool, key: str | None = None
+) -> TurnRequest:
     """The body of ``POST /chat/<sid>``; fields nobody knows are ignored."""
     fields = json_object(body)
     default = "cancel" if streams else "continue"
@@ -66,7 +73,49 @@ def turn_request(body: bytes, limits: Limits, *, streams: bool) -> TurnRequest:
         on_busy=_choice(fields, "on_busy", "reject", ("reject", "queue", "interrupt")),
         on_disconnect=_choice(fields, "on_disconnect", default, ("cancel", "continue")),
         timeout=_timeout(fields, limits.turn_timeout),
+        use=_use(key, body),
     )
+
+
+def _use(key: str | None, body: bytes) -> tuple[str, str] | None:
+    """An ``Idempotency-Key`` (draft-ietf-httpapi-idempotency-key-header) and what it stands for."""
+    if key is None:
+        return None
+    if not _KEY.fullmatch(key):
+        raise InvalidRequest(
+            "Idempotency-Key must be 1 to 255 visible ASCII characters", field="Idempotency-Key"
+        )
+    return key, hashlib.sha256(body).hexdigest()
+
+
+def title(body: bytes) -> str:
+    """The body of ``PATCH /session/<sid>``; unknown fields are refused."""
+    fields = json_object(body)
+    for name in fields.keys() - {"title"}:
+        raise InvalidRequest(f"{name} cannot be changed", field=name)
+    text = " ".join(_text(fields.get("title"), "title").split())
+    if not 1 <= len(text) <= MAX_TITLE:
+        raise InvalidRequest(f"title must be 1 to {MAX_TITLE} characters", field="title")
+    return text
+
+
+def mark(updated: float, sid: str) -> str:
+    """Where a page of sessions ends, for ``?page=`` of the next one."""
+    return f"{updated!r}~{sid}"
+
+
+def page_mark(value: str | None) -> tuple[float, str] | None:
+    """What ``mark`` made."""
+    if value is None:
+        return None
+    updated, _, sid = value.partition("~")
+    try:
+        moment = float(updated)
+    except ValueError:
+        moment = math.nan
+    if not math.isfinite(moment) or not is_session_id(sid):
+        raise InvalidRequest("page must be the next of another page", field="page")
+    return moment, sid
 
 
 def _message(fields: dict[str, t.Any], limit: int) -> str:

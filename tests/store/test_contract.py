@@ -4,37 +4,61 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import threading
+import time
 import typing as t
+from pathlib import Path
 
 import pytest
 
 from agentao_web.core.errors import ClaimLost
+from agentao_web.core.errors import IdempotencyConflict
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import SessionBusy
+from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.errors import TooManySessions
+from agentao_web.core.errors import TooManyTurns
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
+from agentao_web.core.log import Slice
 from agentao_web.core.log import first_seq
 from agentao_web.core.names import SessionKey
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
+from agentao_web.store import ActiveTurn
+from agentao_web.store import AlreadyAccepted
 from agentao_web.store import Claim
+from agentao_web.store import EndedTurn
 from agentao_web.store import Finish
+from agentao_web.store import KeyUse
+from agentao_web.store import Orphan
+from agentao_web.store import Revocation
+from agentao_web.store import Signal
 from agentao_web.store import Store
 from agentao_web.store import TurnRow
 from agentao_web.store.memory import MemoryStore
 from agentao_web.store.memory import generation_seed
+from agentao_web.store.sql import SqlStore
 
 KEY = SessionKey("acme", "ann", "s")
+OTHERS = [SessionKey("acme", "bob", "s"), SessionKey("other", "ann", "s")]
+OPENING = Draft("turn_begin", {"message": "hello", "images": 0})
+DAY = 24 * 3600.0
+PATIENCE = 60.0
 Open = cabc.Callable[..., Store]
 
 
-@pytest.fixture(params=["memory"])
-def open_store(request: pytest.FixtureRequest) -> cabc.Iterator[Open]:
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
+def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> cabc.Iterator[Open]:
+    """Opens stores; those of one test are on one database, as workers are."""
     made: list[Store] = []
 
     def make(**options: t.Any) -> Store:
-        made.append(MemoryStore(seed=7, **options))
+        if request.param == "memory":
+            made.append(MemoryStore(seed=7, **options))
+        elif request.param == "sqlite":
+            made.append(SqlStore(f"sqlite:///{tmp_path}/data/store.db", **options))
+        else:
+            made.append(SqlStore(request.getfixturevalue("postgres_url"), **options))
         return made[-1]
 
     yield make
@@ -47,13 +71,52 @@ def store(open_store: Open) -> Store:
     return open_store()
 
 
-def row(turn_id: str = "t1", message: str = "hello") -> TurnRow:
-    return TurnRow(turn_id, message, 0, 1.0, "worker-1")
+@pytest.fixture
+def two(open_store: Open) -> tuple[Store, Store]:
+    """What two workers have of one database; in memory there is only the one."""
+    one = open_store()
+    return (one, one) if isinstance(one, MemoryStore) else (one, open_store())
 
 
-def claim(store: Store, turn_id: str = "t1", key: SessionKey = KEY, now: float = 1.0) -> Claim:
-    opening = Draft("turn_begin", {"message": "hello", "images": 0})
-    return store.claim(key, row(turn_id), opening, now)
+def row(turn_id: str = "t1", message: str = "hello", worker: str = "worker-1") -> TurnRow:
+    return TurnRow(turn_id, message, 0, 1.0, worker)
+
+
+def claim(
+    store: Store,
+    turn_id: str = "t1",
+    key: SessionKey = KEY,
+    now: float = 1.0,
+    use: KeyUse | None = None,
+    worker: str = "worker-1",
+) -> Claim:
+    return store.claim(key, row(turn_id, worker=worker), OPENING, now, use)
+
+
+def enqueue(store: Store, turn_id: str, **options: t.Any) -> int:
+    worker = options.pop("worker", "worker-1")
+    return store.enqueue(KEY, row(turn_id, worker=worker), **{"limit": 9, **options})
+
+
+def at_once(count: int, work: cabc.Callable[[int], None]) -> None:
+    """Do *work* in many threads that begin together; the first exception is the test's."""
+    barrier = threading.Barrier(count)
+    failed: list[BaseException] = []
+
+    def run_one(n: int) -> None:
+        barrier.wait(PATIENCE)
+        try:
+            work(n)
+        except BaseException as exc:
+            failed.append(exc)
+
+    threads = [threading.Thread(target=run_one, args=(n,)) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    if failed:
+        raise failed[0]
 
 
 def text(held: Claim, n: int, chunk: str) -> Event:
@@ -110,22 +173,16 @@ def test_one_claim_at_a_time(store: Store) -> None:
     claim(store, "t2")
 
 
-def test_of_fifty_claims_at_once_one_wins(store: Store) -> None:
-    barrier = threading.Barrier(50)
+def test_of_fifty_claims_at_once_one_wins(two: tuple[Store, Store]) -> None:
     won: list[Claim] = []
 
     def rush(n: int) -> None:
-        barrier.wait(20)
         try:
-            won.append(claim(store, f"t{n}"))
+            won.append(claim(two[n % 2], f"t{n}"))
         except SessionBusy:
             pass
 
-    threads = [threading.Thread(target=rush, args=(n,)) for n in range(50)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
+    at_once(50, rush)
     assert len(won) == 1
 
 
@@ -138,10 +195,11 @@ def test_generations_only_go_up_also_over_sessions_and_deletes(store: Store) -> 
 
 
 def test_a_claim_tells_the_version_its_agent_must_have(store: Store) -> None:
-    assert run(store, "t1").version == 0
-    assert run(store, "t2").version == 1
+    first = run(store, "t1")
+    second = run(store, "t2")
+    assert (first.version, second.version) == (0, first.generation)
     session = store.session(KEY)
-    assert session is not None and session.version == 2
+    assert session is not None and session.version == second.generation
 
 
 # -- the log -----------------------------------------------------------------------------------
@@ -187,6 +245,79 @@ def test_events_come_back_as_they_went_in(store: Store) -> None:
     assert log(store)[-1] == sent
 
 
+def test_any_text_a_client_may_send_comes_back(store: Store) -> None:
+    odd = "nul \x00, half a pair \ud83d, quotes '\"; \u2028"
+    held = store.claim(KEY, row("t1", odd), Draft("turn_begin", {"message": odd}), 1.0)
+    entry = {"role": "user", "content": odd}
+    done = Event(first_seq(held.generation) + 2, "t1", "done", {"x": odd}, 3.0, {"reply": odd})
+    assert store.active(KEY)[0].message == odd
+    store.finish(held, ending(held, 2, events=[done], transcript=[entry], appended=[entry]))
+    store.rename(KEY, odd)
+    session, end = store.session(KEY), store.ended(KEY, "t1")
+    assert session is not None and session.title == odd
+    assert end is not None and end.final == log(store)[-1] == done
+    assert store.history(KEY).messages == [entry]
+    page = store.transcript(KEY, before=None, after=None, limit=1)
+    assert page.messages == [{"id": 1, **entry}]
+
+
+def test_a_batch_that_comes_again_is_written_once(store: Store) -> None:
+    """The writer sends a batch again when it cannot know whether it was committed."""
+    held = claim(store)
+    batch = [text(held, 2, "a"), text(held, 3, "b")]
+    store.append(held, batch)
+    store.append(held, [*batch, text(held, 4, "c")])
+    done = ending(held, 5)
+    store.finish(held, Finish(**{**vars(done), "events": [*batch, *done.events]}))
+    assert [e.data.get("chunk") for e in log(store)] == [None, "a", "b", "c", None]
+
+
+def test_a_page_of_the_log_has_a_number_of_bytes(store: Store) -> None:
+    held = claim(store)
+    store.append(held, [text(held, n, "x" * 1000) for n in range(2, 12)])
+    part = store.events(KEY, held.opening.seq, limit=100, max_bytes=2500)
+    assert len(part.events) == 3
+    assert part.cursor == part.events[-1].seq
+    assert len(store.events(KEY, part.cursor, limit=100, max_bytes=1).events) == 1
+
+
+def test_pages_put_together_are_the_log(store: Store) -> None:
+    held = claim(store)
+    store.append(held, [text(held, n, "x" * (n * 37 % 300)) for n in range(2, 200)])
+    found: list[Event] = []
+    cursor: int | None = None
+    while page := store.events(KEY, cursor, limit=7, max_bytes=900).events:
+        found += page
+        cursor = page[-1].seq
+    assert found == log(store)
+
+
+def test_an_empty_end_of_the_log_keeps_the_cursor(store: Store) -> None:
+    held = run(store, "t1")
+    last = log(store)[-1].seq
+    assert store.events(KEY, last, limit=5, max_bytes=10**6) == Slice([], t.cast(int, last))
+    assert first_seq(held.generation) < t.cast(int, last)
+
+
+def test_a_long_conversation_keeps_the_end_of_its_log(open_store: Open) -> None:
+    """Whoever has read everything sees no gap; whoever is behind sees one, and then all."""
+    store = open_store(log_bytes=20_000)
+    cursor = None
+    for n in range(30):
+        held = claim(store, f"t{n}")
+        store.append(held, [text(held, i, "x" * 300) for i in range(2, 7)])
+        store.finish(held, ending(held, 7))
+        part = store.events(KEY, cursor, limit=1000, max_bytes=10**9)
+        assert [e.type for e in part.events] == ["turn_begin", *["llm_text"] * 5, "done"]
+        cursor = part.cursor
+    kept = log(store)
+    assert 10 <= len(kept) <= 80 and kept[-1].seq == cursor
+    behind = log(store, first_seq(kept[0].seq >> 20) - 1 if kept[0].seq else 0)
+    assert behind[0].type == "gap" and behind[1:] == kept
+    end = store.ended(KEY, "t0")
+    assert end is not None and end.final.type == "done", "though its events are gone"
+
+
 # -- fencing -----------------------------------------------------------------------------------
 
 
@@ -223,7 +354,7 @@ def test_finish_writes_everything_at_once(store: Store) -> None:
     assert [(m["id"], m["role"]) for m in page.messages] == [(1, "user"), (2, "assistant")]
     history = store.history(KEY)
     assert [m["content"] for m in history.messages] == ["hello", "hi"]
-    assert (history.epoch, history.version) == (0, 1)
+    assert (history.epoch, history.version) == (0, held.generation)
 
 
 def test_history_grows_within_an_epoch_and_is_replaced_by_the_next(store: Store) -> None:
@@ -267,24 +398,203 @@ def test_the_transcript_is_paged_both_ways(store: Store) -> None:
     assert ids(after=99) == ([], False)
 
 
+def test_how_a_turn_ended_can_be_asked_later(store: Store) -> None:
+    first = run(store, "t1")
+    held = claim(store, "t2")
+    assert store.ended(KEY, "t2") is None
+    store.finish(held, ending(held, 2))
+    end = store.ended(KEY, "t2")
+    assert end == EndedTurn(log(store)[-1], first_seq(first.generation) + 2)
+    after = store.events(KEY, end.cursor, limit=9, max_bytes=10**6).events
+    assert [e.type for e in after] == ["turn_begin", "done"]
+    assert store.ended(KEY, "unknown") is None
+
+
 # -- the queue ---------------------------------------------------------------------------------
 
 
 def test_a_queued_turn_becomes_the_running_one(store: Store) -> None:
     held = claim(store, "t1")
-    store.enqueue(KEY, row("t2"))
+    enqueue(store, "t2")
     store.finish(held, ending(held, 2))
     assert claim(store, "t2").turn_id == "t2"
 
 
 def test_a_queued_turn_may_end_without_having_begun(store: Store) -> None:
     held = claim(store, "t1")
-    store.enqueue(KEY, row("t2"))
-    store.dequeue(KEY, "t2", Outcome(State.CANCELLED, "cancelled_by_user"))
-    store.dequeue(KEY, "t2", Outcome(State.CANCELLED, "cancelled_by_user"))
+    enqueue(store, "t2")
+    store.dequeue(KEY, "t2")
+    store.dequeue(KEY, "t2")
     store.finish(held, ending(held, 2))
     session = store.session(KEY)
     assert session is not None and session.turns == 1
+
+
+def test_the_queue_has_an_order(store: Store) -> None:
+    held = claim(store, "t1")
+    assert enqueue(store, "t2") == 1
+    assert enqueue(store, "t3", worker="worker-2") == 2
+    assert enqueue(store, "t4", first=True) == 1
+    assert enqueue(store, "t5", first=True) == 1
+    assert enqueue(store, "t6") == 5
+    assert [a.id for a in store.active(KEY)] == ["t1", "t5", "t4", "t2", "t3", "t6"]
+    store.finish(held, ending(held, 2))
+    for turn_id in ["t5", "t4", "t2", "t3", "t6"]:
+        run(store, turn_id)
+    assert store.active(KEY) == []
+
+
+def test_active_turns_say_where_they_are(store: Store) -> None:
+    before = run(store, "t0")
+    place = first_seq(before.generation) + 2
+    held = claim(store, "t1")
+    enqueue(store, "t2", worker="worker-2")
+    assert held.head == place
+    assert store.active(KEY) == [
+        ActiveTurn("t1", "worker-1", "running", "hello", 1.0, place),
+        ActiveTurn("t2", "worker-2", "queued", "hello", 1.0, t.cast(int, held.opening.seq)),
+    ]
+    session = store.session(KEY)
+    assert session is not None and session.turn_id == "t1"
+    store.finish(held, ending(held, 2))
+    session = store.session(KEY)
+    assert session is not None and session.turn_id is None
+    assert store.active(SessionKey("a", "b", "c")) == []
+
+
+def test_a_queue_has_an_end(store: Store) -> None:
+    claim(store, "t1")
+    enqueue(store, "t2", limit=2)
+    enqueue(store, "t3", limit=2)
+    for first in (False, True):
+        with pytest.raises(TooManyTurns):
+            enqueue(store, "t4", limit=2, first=first)
+    store.dequeue(KEY, "t2")
+    assert enqueue(store, "t4", limit=2) == 2
+    assert [a.id for a in store.active(KEY)] == ["t1", "t3", "t4"]
+
+
+def test_only_the_first_of_the_queue_may_claim(store: Store) -> None:
+    held = claim(store, "t1")
+    enqueue(store, "t2")
+    enqueue(store, "t3")
+    with pytest.raises(SessionBusy):
+        claim(store, "t2")
+    store.finish(held, ending(held, 2))
+    with pytest.raises(SessionBusy):
+        claim(store, "t3")
+    with pytest.raises(SessionBusy):
+        claim(store, "a newcomer")
+    run(store, "t2")
+    store.dequeue(KEY, "t3")
+    run(store, "a newcomer")
+
+
+def test_dequeue_spares_the_running_turn(store: Store) -> None:
+    held = claim(store, "t1")
+    store.dequeue(KEY, "t1")
+    assert [a.id for a in store.active(KEY)] == ["t1"]
+    store.finish(held, ending(held, 2))
+
+
+def test_places_in_the_queue_are_given_once(two: tuple[Store, Store]) -> None:
+    claim(two[0], "t0")
+    found: list[int] = []
+    at_once(8, lambda n: found.append(enqueue(two[n % 2], f"t{n + 1}", limit=8)))
+    assert sorted(found) == list(range(1, 9))
+    with pytest.raises(TooManyTurns):
+        enqueue(two[0], "t9", limit=8)
+
+
+# -- idempotency -------------------------------------------------------------------------------
+
+USE, OTHER_BODY = KeyUse("k", "aa"), KeyUse("k", "bb")
+
+
+@pytest.mark.parametrize("state", ["queued", "running", "ended"])
+def test_a_key_that_was_used_leads_to_its_turn(store: Store, state: str) -> None:
+    if state == "queued":
+        claim(store, "t0")
+        enqueue(store, "t1", use=USE)
+    else:
+        held = claim(store, "t1", use=USE)
+        if state == "ended":
+            store.finish(held, ending(held, 2))
+    asks: list[cabc.Callable[[KeyUse], t.Any]] = [
+        lambda use: claim(store, "t2", use=use),
+        lambda use: enqueue(store, "t3", use=use),
+    ]
+    for ask in asks:
+        with pytest.raises(AlreadyAccepted) as known:
+            ask(USE)
+        assert known.value.turn_id == "t1"
+        with pytest.raises(IdempotencyConflict):
+            ask(OTHER_BODY)
+    assert store.accepted(KEY, USE) == "t1"
+    with pytest.raises(IdempotencyConflict):
+        store.accepted(KEY, OTHER_BODY)
+    assert store.accepted(KEY, KeyUse("other", "aa")) is None
+
+
+def test_a_queued_turn_claims_with_the_key_it_has(store: Store) -> None:
+    held = claim(store, "t1")
+    enqueue(store, "t2", use=USE)
+    store.finish(held, ending(held, 2))
+    held = claim(store, "t2", use=USE)
+    store.finish(held, ending(held, 2))
+    assert store.accepted(KEY, USE) == "t2"
+
+
+def test_a_refusal_stores_no_key(open_store: Open) -> None:
+    store = open_store(max_per_tenant=1)
+    held = claim(store, "t1")
+    with pytest.raises(SessionBusy):
+        claim(store, "t2", use=USE)
+    with pytest.raises(TooManyTurns):
+        enqueue(store, "t3", limit=0, use=USE)
+    with pytest.raises(TooManySessions):
+        claim(store, "t4", SessionKey("acme", "ann", "s2"), use=USE)
+    assert store.accepted(KEY, USE) is None
+    store.finish(held, ending(held, 2))
+    assert claim(store, "t5", use=USE).turn_id == "t5"
+
+
+def test_of_the_same_key_at_once_one_wins_and_the_others_join(two: tuple[Store, Store]) -> None:
+    won: list[str] = []
+    joined: list[str] = []
+
+    def rush(n: int) -> None:
+        try:
+            won.append(claim(two[n % 2], f"t{n}", use=USE).turn_id)
+        except AlreadyAccepted as known:
+            joined.append(known.turn_id)
+
+    at_once(16, rush)
+    assert len(won) == 1 and joined == won * 15
+
+
+def test_a_key_is_forgotten_with_its_session(store: Store) -> None:
+    held = claim(store, "t1", use=USE)
+    store.finish(held, ending(held, 2))
+    store.delete(KEY)
+    assert store.accepted(KEY, USE) is None
+    claim(store, "t2", use=OTHER_BODY)
+
+
+def test_a_key_is_kept_for_a_day(open_store: Open) -> None:
+    now = [1000.0]
+    store = open_store(clock=lambda: now[0])
+    held = claim(store, "t1", use=USE)
+    store.finish(held, ending(held, 2))
+    now[0] += DAY - 1
+    with pytest.raises(AlreadyAccepted):
+        claim(store, "t2", use=USE)
+    now[0] += 1
+    assert store.accepted(KEY, OTHER_BODY) is None
+    claim(store, "t3", use=OTHER_BODY)
+    assert store.accepted(KEY, OTHER_BODY) == "t3"
+    now[0] += DAY - 1
+    assert store.accepted(KEY, OTHER_BODY) == "t3"
 
 
 # -- deletion ----------------------------------------------------------------------------------
@@ -297,7 +607,7 @@ def test_a_tombstone_refuses_new_turns_and_spares_the_running_one(store: Store) 
         claim(store, "t2")
     assert refused.value.details == {"reason": "deleting"}
     with pytest.raises(SessionBusy):
-        store.enqueue(KEY, row("t3"))
+        enqueue(store, "t3")
     store.finish(held, ending(held, 2))
     with pytest.raises(SessionBusy):
         claim(store, "t4")
@@ -313,7 +623,7 @@ def test_delete_removes_every_row_and_is_harmless_twice(store: Store) -> None:
     for ask in (
         lambda: log(store),
         lambda: store.transcript(KEY, before=None, after=None, limit=5),
-        lambda: store.enqueue(KEY, row("t9")),
+        lambda: enqueue(store, "t9"),
     ):
         with pytest.raises(NotFound):
             ask()
@@ -321,18 +631,344 @@ def test_delete_removes_every_row_and_is_harmless_twice(store: Store) -> None:
     assert [m["content"] for m in store.history(KEY).messages] == ["hello", "hi"]
 
 
+def test_a_session_with_a_tombstone_is_doomed_once_it_is_quiet(store: Store) -> None:
+    held = claim(store, "t1")
+    enqueue(store, "t2")
+    run(store, "t9", SessionKey("acme", "ann", "quiet"))
+    store.tombstone(KEY)
+    assert store.doomed() == []
+    store.finish(held, ending(held, 2))
+    assert store.doomed() == []
+    store.dequeue(KEY, "t2")
+    assert store.doomed() == [KEY]
+    store.delete(KEY)
+    assert store.doomed() == []
+
+
+# -- lists of sessions -------------------------------------------------------------------------
+
+
+def test_sessions_come_last_updated_first_and_page_by_page(store: Store) -> None:
+    times = {"b": 5.0, "a": 5.0, "B": 5.0, "c": 9.0, "d": 1.0}
+    for n, (sid, now) in enumerate(times.items()):
+        run(store, f"t{n}", SessionKey("acme", "ann", sid), now=now)
+    for key in (SessionKey("acme", "bob", "x"), SessionKey("other", "ann", "y")):
+        run(store, "t", key, now=7.0)
+    found: list[str] = []
+    before: tuple[float, str] | None = None
+    while page := store.sessions("acme", "ann", before=before, limit=2):
+        found += [row.key.id for row in page]
+        before = page[-1].updated, page[-1].key.id
+    assert found == ["c", "b", "a", "B", "d"]
+    everyone = [row.key for row in store.sessions(None, None, before=None, limit=4)]
+    assert everyone[0].id == "c" and {key.id for key in everyone[1:3]} == {"x", "y"}
+    of_ann = store.sessions(None, "ann", before=None, limit=99)
+    assert len(of_ann) == 6 and len(store.sessions("acme", None, before=None, limit=99)) == 6
+
+
+def test_heads_are_the_rows_of_those_that_exist(store: Store) -> None:
+    one, two = SessionKey("acme", "ann", "one"), SessionKey("acme", "bob", "two")
+    run(store, "t1", one)
+    run(store, "t2", two)
+    asked = [one, two, SessionKey("acme", "ann", "two"), SessionKey("nobody", "", "one")]
+    assert store.heads(asked) == {one: store.session(one), two: store.session(two)}
+    assert store.heads([]) == {}
+    many = [SessionKey("acme", "ann", f"none{n}") for n in range(12_000)]
+    assert list(store.heads([*many, one])) == [one]
+
+
+def test_a_session_can_be_renamed(store: Store) -> None:
+    run(store, "t1")
+    before = store.session(KEY)
+    store.rename(KEY, "Plans")
+    session = store.session(KEY)
+    assert session is not None and before is not None
+    assert (session.title, session.updated) == ("Plans", before.updated)
+    with pytest.raises(NotFound):
+        store.rename(SessionKey("acme", "ann", "none"), "x")
+
+
+def test_old_sessions_are_pruned_and_those_with_a_turn_are_not(store: Store) -> None:
+    for n in range(230):
+        held = claim(store, f"t{n}", SessionKey("acme", "ann", f"old{n}"))
+        store.finish(held, ending(held, 2, now=4.0))
+    running, queued = SessionKey("acme", "ann", "running"), KEY
+    claim(store, "t1", running)
+    held = claim(store, "t1", queued)
+    enqueue(store, "t2")
+    store.finish(held, ending(held, 2))
+    run(store, "t1", SessionKey("acme", "ann", "new"), now=5.0)
+    assert store.prune(5.0) == 230
+    left = {row.key.id for row in store.sessions("acme", "ann", before=None, limit=999)}
+    assert left == {"running", "s", "new"}
+    assert store.prune(5.0) == 0
+
+
+def test_what_was_revoked_stays_revoked(store: Store) -> None:
+    assert store.revocations() == []
+    store.revoke("acme", None, 5.0)
+    store.revoke("acme", "", 6.0)
+    store.revoke("acme", "ann", 9.0)
+    store.revoke("acme", "ann", 7.0)
+    store.revoke("acme", None, 8.0)
+    found = sorted(store.revocations(), key=lambda r: r.before)
+    assert found == [
+        Revocation("acme", "", 6.0),
+        Revocation("acme", None, 8.0),
+        Revocation("acme", "ann", 9.0),
+    ]
+
+
+# -- signals -----------------------------------------------------------------------------------
+
+
+def crew(store: Store) -> None:
+    """A running turn of worker-1, and queued ones of worker-2 and worker-1."""
+    claim(store, "t1")
+    enqueue(store, "t2", worker="worker-2")
+    enqueue(store, "t3")
+
+
+def test_signals_go_to_the_workers_of_the_turns_once(store: Store) -> None:
+    crew(store)
+    assert store.signal(KEY, "cancelled_by_user", but="worker-3") == 3
+    assert store.signals("worker-3") == []
+    assert store.signals("worker-2") == [Signal(KEY, "t2", "cancelled_by_user")]
+    assert store.signals("worker-2") == []
+    assert [signal.turn_id for signal in store.signals("worker-1")] == ["t1", "t3"]
+
+
+def test_nobody_signals_himself(store: Store) -> None:
+    crew(store)
+    assert store.signal(KEY, "cancelled_by_user", but="worker-1") == 1
+    assert store.signals("worker-1") == []
+    assert len(store.signals("worker-2")) == 1
+
+
+def test_queued_turns_can_be_spared(store: Store) -> None:
+    crew(store)
+    assert store.signal(KEY, "interrupted", but="worker-2", running_only=True) == 1
+    assert store.signals("worker-1") == [Signal(KEY, "t1", "interrupted")]
+    assert store.signal(KEY, "interrupted", but="worker-1", running_only=True) == 0
+
+
+def test_asked_twice_is_asked_once_but_every_reason_arrives(store: Store) -> None:
+    claim(store, "t1")
+    for reason in ("read_elsewhere", "read_elsewhere", "cancelled_by_user"):
+        assert store.signal(KEY, reason, but="worker-2") == 1
+    reasons = [signal.reason for signal in store.signals("worker-1")]
+    assert reasons == ["read_elsewhere", "cancelled_by_user"]
+    store.signal(KEY, "read_elsewhere", but="worker-2")
+    assert len(store.signals("worker-1")) == 1
+
+
+def test_an_idle_or_unknown_session_has_nobody_to_ask(store: Store) -> None:
+    assert store.signal(KEY, "cancelled_by_user", but="worker-2") == 0
+    run(store, "t1")
+    assert store.signal(KEY, "cancelled_by_user", but="worker-2") == 0
+    assert store.signals("worker-1") == []
+
+
+def test_signals_go_with_the_worker_and_with_the_session(store: Store) -> None:
+    crew(store)
+    store.signal(KEY, "cancelled_by_user", but="")
+    store.leave("worker-1")
+    assert store.signals("worker-1") == []
+    store.delete(KEY)
+    assert store.signals("worker-2") == []
+
+
+def test_signals_asked_for_at_once_are_given_to_one(two: tuple[Store, Store]) -> None:
+    crew(two[0])
+    two[0].signal(KEY, "cancelled_by_user", but="")
+    found: list[Signal] = []
+    at_once(8, lambda n: found.extend(two[n % 2].signals("worker-1")))
+    assert sorted(signal.turn_id for signal in found) == ["t1", "t3"]
+
+
+# -- dead workers ------------------------------------------------------------------------------
+
+
+def lost(store: Store, lease: float = PATIENCE) -> list[str]:
+    return [orphan.turn_id for orphan in store.orphans(lease)]
+
+
+def test_turns_of_workers_without_a_sign_of_life_are_orphans(store: Store) -> None:
+    crew(store)
+    assert lost(store) == ["t1", "t2", "t3"]
+    store.beat("worker-1")
+    assert lost(store) == ["t2"]
+    store.beat("worker-2")
+    store.beat("worker-2")
+    assert lost(store) == []
+    store.leave("worker-1")
+    assert lost(store) == ["t1", "t3"]
+
+
+def test_a_sign_of_life_is_good_for_a_lease(store: Store) -> None:
+    held = claim(store, "t1")
+    store.beat("worker-1")
+    until = time.monotonic() + PATIENCE
+    while not lost(store, lease=0.05):
+        assert time.monotonic() < until
+    assert lost(store) == []
+    store.beat("worker-1")
+    store.finish(held, ending(held, 2))
+    assert lost(store, lease=-1) == []
+
+
+def test_an_orphan_says_where_its_turn_begins(store: Store) -> None:
+    before = run(store, "t0")
+    held = claim(store, "t1")
+    enqueue(store, "t2")
+    first, second = store.orphans(PATIENCE)
+    assert (first.key, first.running, first.cursor) == (KEY, True, held.head)
+    assert (second.key, second.running, second.cursor) == (KEY, False, held.opening.seq)
+    assert held.head == first_seq(before.generation) + 2
+
+
+def test_who_takes_over_may_write_and_nobody_else(two: tuple[Store, Store]) -> None:
+    stale = claim(two[0], "t1")
+    two[0].append(stale, [text(stale, 2, "a")])
+    (orphan,) = two[1].orphans(PATIENCE)
+    taken = two[1].take_over(orphan, "worker-2")
+    assert taken is not None and taken.generation > stale.generation
+    assert taken.head == first_seq(stale.generation) + 2
+    before = log(two[0])
+    assert before[-1].data == {"chunk": "a"}, "its opening was not written"
+    with pytest.raises(ClaimLost):
+        two[0].append(stale, [text(stale, 3, "late")])
+    with pytest.raises(ClaimLost):
+        two[0].finish(stale, ending(stale, 4))
+    assert log(two[1]) == before
+    final = Event(taken.opening.seq, "t1", "error", {"status": "failed"}, 3.0)
+    two[1].finish(taken, ending(taken, 1, events=[final]))
+    assert two[0].ended(KEY, "t1") == EndedTurn(final, orphan.cursor)
+    assert two[0].active(KEY) == []
+    assert claim(two[0], "t2").version == taken.generation
+
+
+def test_an_orphan_is_taken_over_once(two: tuple[Store, Store]) -> None:
+    claim(two[0], "t1")
+    found = [two[n].orphans(PATIENCE)[0] for n in range(2)]
+    won: list[Claim] = []
+
+    def rush(n: int) -> None:
+        taken = two[n % 2].take_over(found[n % 2], f"janitor-{n}")
+        if taken is not None:
+            won.append(taken)
+
+    at_once(8, rush)
+    assert len(won) == 1
+    two[0].finish(won[0], ending(won[0], 2))
+    assert two[0].take_over(found[0], "janitor") is None
+
+
+def test_who_took_over_may_die_too(store: Store) -> None:
+    claim(store, "t1")
+    first = store.take_over(store.orphans(PATIENCE)[0], "janitor-1")
+    store.beat("janitor-1")
+    assert lost(store) == []
+    store.leave("janitor-1")
+    second = store.take_over(store.orphans(PATIENCE)[0], "janitor-2")
+    assert first is not None and second is not None
+    with pytest.raises(ClaimLost):
+        store.finish(first, ending(first, 2))
+    store.finish(second, ending(second, 2))
+
+
+def test_a_queued_orphan_is_removed_and_never_begins(store: Store) -> None:
+    held = claim(store, "t1")
+    store.beat("worker-1")
+    enqueue(store, "t2", worker="worker-2")
+    store.signal(KEY, "cancelled_by_user", but="worker-1")
+    (orphan,) = store.orphans(PATIENCE)
+    assert store.take_over(orphan, "worker-1") is None
+    assert [a.id for a in store.active(KEY)] == ["t1"]
+    assert store.ended(KEY, "t2") is None
+    assert store.signals("worker-2") == []
+    store.finish(held, ending(held, 2))
+    with pytest.raises(ClaimLost):
+        claim(store, "t2", worker="worker-2")
+    run(store, "t3")
+
+
+def test_an_orphan_that_lives_again_is_left_alone(store: Store) -> None:
+    """It was queued when it was found, and has begun or ended since."""
+    held = claim(store, "t1")
+    enqueue(store, "t2")
+    running, queued = store.orphans(PATIENCE)
+    store.finish(held, ending(held, 2))
+    assert store.take_over(running, "janitor") is None
+    held = claim(store, "t2")
+    assert store.take_over(queued, "janitor") is None
+    store.finish(held, ending(held, 2))
+    store.delete(KEY)
+    assert store.take_over(running, "janitor") is None
+    assert store.take_over(queued, "janitor") is None
+
+
 # -- tenants -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", [SessionKey("acme", "bob", "s"), SessionKey("other", "ann", "s")])
-def test_a_session_belongs_to_its_tenant_and_user(store: Store, other: SessionKey) -> None:
-    run(store, "t1")
-    assert store.session(other) is None
-    assert store.history(other).messages == []
-    with pytest.raises(NotFound):
-        store.events(other, None, limit=1, max_bytes=1)
-    store.delete(other)
-    assert store.session(KEY) is not None
+#: Every question about a session, and the answer for one that is not the caller's.
+UNKNOWN: dict[str, tuple[cabc.Callable[[Store, SessionKey], t.Any], t.Any]] = {
+    "enqueue": (lambda s, k: s.enqueue(k, row("t9"), limit=9), NotFound),
+    "accepted": (lambda s, k: s.accepted(k, OTHER_BODY), None),
+    "dequeue": (lambda s, k: s.dequeue(k, "t3"), None),
+    "active": (lambda s, k: s.active(k), []),
+    "ended": (lambda s, k: s.ended(k, "t1"), None),
+    "session": (lambda s, k: s.session(k), None),
+    "sessions": (lambda s, k: s.sessions(k.tenant, k.user, before=None, limit=9), []),
+    "heads": (lambda s, k: s.heads([k]), {}),
+    "events": (lambda s, k: s.events(k, None, limit=1, max_bytes=1), NotFound),
+    "transcript": (lambda s, k: s.transcript(k, before=None, after=None, limit=1), NotFound),
+    "history": (lambda s, k: s.history(k).messages, []),
+    "rename": (lambda s, k: s.rename(k, "mine"), NotFound),
+    "tombstone": (lambda s, k: s.tombstone(k), False),
+    "delete": (lambda s, k: s.delete(k), None),
+    "signal": (lambda s, k: s.signal(k, "cancelled_by_user", but=""), 0),
+    "take_over": (lambda s, k: s.take_over(Orphan(k, "t2", True, 0), "w"), None),
+    "append": (lambda s, k: s.append(_foreign(s, k), []), ClaimLost),
+    "finish": (lambda s, k: s.finish(_foreign(s, k), ending(_foreign(s, k), 2)), ClaimLost),
+}
+
+
+def _foreign(store: Store, key: SessionKey) -> Claim:
+    """A claim with the generation of the other session's."""
+    session = store.session(KEY)
+    assert session is not None
+    opening = Event(session.head, "t2", "turn_begin", {}, 1.0)
+    return Claim(key, session.head >> 20, "t2", opening)
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("method", UNKNOWN)
+def test_a_session_belongs_to_its_tenant_and_user(
+    store: Store, method: str, other: SessionKey
+) -> None:
+    held = claim(store, "t1", use=USE)
+    store.finish(held, ending(held, 2))
+    claim(store, "t2")
+    enqueue(store, "t3")
+    before = (store.session(KEY), store.active(KEY), log(store), store.history(KEY))
+    ask, answer = UNKNOWN[method]
+    if isinstance(answer, type):
+        with pytest.raises(answer):
+            ask(store, other)
+    else:
+        assert ask(store, other) == answer
+    assert (store.session(KEY), store.active(KEY), log(store), store.history(KEY)) == before
+    assert store.signals("worker-1") == []
+
+
+def test_the_same_names_are_another_session_for_another(store: Store) -> None:
+    for key in (KEY, *OTHERS):
+        held = claim(store, "t1", key, use=USE)
+        assert held.head == 0
+        store.finish(held, ending(held, 2))
+    store.delete(KEY)
+    assert [store.accepted(key, USE) for key in (KEY, *OTHERS)] == [None, "t1", "t1"]
 
 
 def test_a_tenant_has_a_number_of_sessions(open_store: Open) -> None:
@@ -342,6 +978,62 @@ def test_a_tenant_has_a_number_of_sessions(open_store: Open) -> None:
         claim(store, "t2", SessionKey("acme", "bob", "s2"))
     claim(store, "t3", SessionKey("other", "ann", "s"))
     run(store, "t4")
+
+
+def test_the_room_of_a_tenant_is_not_given_twice(open_store: Open) -> None:
+    one = open_store(max_per_tenant=3)
+    two = one if isinstance(one, MemoryStore) else open_store(max_per_tenant=3)
+    made: list[int] = []
+
+    def rush(n: int) -> None:
+        try:
+            run((one, two)[n % 2], f"t{n}", SessionKey("acme", "ann", f"s{n}"))
+            made.append(n)
+        except TooManySessions:
+            pass
+
+    at_once(16, rush)
+    assert len(made) == len(one.sessions("acme", "ann", before=None, limit=99)) == 3
+
+
+# -- many at once ------------------------------------------------------------------------------
+
+
+def test_two_workers_with_eight_threads_each_lose_nothing(two: tuple[Store, Store]) -> None:
+    inside, rounds = threading.Semaphore(1), 5
+
+    def work(n: int) -> None:
+        store = two[n % 2]
+        for i in range(rounds):
+            held = _patiently(claim, store, f"t{n}-{i}")
+            assert inside.acquire(blocking=False), "two claims at a time"
+            _patiently(store.append, held, [text(held, m, f"{n}") for m in range(2, 5)])
+            said = [{"role": "user", "content": f"{n}-{i}"}]
+            last = ending(held, 5, appended=said, transcript=said)
+            inside.release()
+            _patiently(store.finish, held, last)
+
+    at_once(16, work)
+    everything = sorted(f"{n}-{i}" for n in range(16) for i in range(rounds))
+    assert sorted(m["content"] for m in two[0].history(KEY).messages) == everything
+    page = two[1].transcript(KEY, before=None, after=0, limit=1000)
+    assert [m["id"] for m in page.messages] == list(range(1, len(everything) + 1))
+    events = log(two[0])
+    seqs = [t.cast(int, e.seq) for e in events]
+    assert seqs == sorted(set(seqs)) and len(seqs) == len(everything) * 5
+    session = two[1].session(KEY)
+    assert session is not None
+    assert (session.turns, session.usage) == (80, {"prompt_tokens": 400})
+
+
+def _patiently(ask: cabc.Callable[..., t.Any], *args: t.Any) -> t.Any:
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return ask(*args)
+        except (SessionBusy, StoreUnavailable):
+            assert time.monotonic() < until
+            time.sleep(0.002)
 
 
 # -- the memory store's own --------------------------------------------------------------------

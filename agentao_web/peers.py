@@ -1,0 +1,187 @@
+"""What the other workers do: whose heart beats, what they wrote, what they ask of us.
+
+One tailer thread asks the store a few times a second, and reads only what moved. It never writes
+to a session's log.
+"""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import functools
+import logging
+import threading
+import typing as t
+
+from agentao_web.core.errors import ClaimLost
+from agentao_web.core.errors import StoreUnavailable
+from agentao_web.core.names import SessionKey
+from agentao_web.live import Live
+from agentao_web.runner import Books
+from agentao_web.runner import Runner
+from agentao_web.store import Orphan
+from agentao_web.store import Signal
+from agentao_web.store import Store
+
+#: How often the store is asked what other workers did, and otherwise whether to, in seconds.
+_TAIL, _SLOW_TAIL = 0.2, 2.0
+#: How often a worker shows a sign of life: this part of its lease, and at least so often (seconds).
+_BEAT_PART, _BEAT = 0.3, 3.0
+#: A worker that cannot beat stops its own turns after this part of its lease.
+_CAUTION: t.Final = 0.7
+
+
+class Household(t.Protocol):
+    """What the pool lets its peers' room do."""
+
+    def sessions(self) -> list[Live]:
+        """Every session in memory."""
+
+    def forget(self, live: Live) -> None:
+        """Another worker removed this session."""
+
+    def remove(self, key: SessionKey) -> None:
+        """Finish a deletion."""
+
+
+class Peers:
+    """One worker's view of all the others."""
+
+    def __init__(
+        self,
+        store: Store,
+        runner: Runner,
+        books: Books,
+        house: Household,
+        *,
+        lease: float,
+        clock: cabc.Callable[[], float],
+        log: logging.Logger,
+    ) -> None:
+        self._store = store
+        self._runner = runner
+        self._books = books
+        self._house = house
+        self._lease = lease
+        self._interval = min(_BEAT, lease * _BEAT_PART)
+        self._clock = clock
+        self._log = log
+        self._beaten = 0.0
+        self._looked = 0.0
+        self._closed = threading.Event()
+        self._nudge = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, worker: str) -> None:
+        """Show the first sign of life: a worker nobody knows is taken for dead."""
+        self._store.beat(worker)
+        self._beaten, self._runner.worker = self._clock(), worker
+        self._thread = threading.Thread(target=self._watch, name="agentao-tailer", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; say goodbye if we were ever known."""
+        self._closed.set()
+        self._nudge.set()
+        if self._thread is None:
+            return
+        self._thread.join(5)
+        try:
+            self._store.leave(self._runner.worker)
+        except StoreUnavailable:
+            pass  # Then the lease runs out.
+
+    def nudge(self) -> None:
+        """Somebody may be waiting for another worker now."""
+        self._nudge.set()
+
+    # -- signs of life -------------------------------------------------------------------------
+
+    def look(self, now: float) -> None:
+        """Beat, and close what dead workers left, each when its time has come."""
+        if now - self._beaten >= self._interval:
+            self._beat(now)
+        if now - self._looked >= self._interval / 2:
+            self._looked = now
+            for orphan in self._store.orphans(self._lease):
+                self._aside(functools.partial(self._reap, orphan))
+            for key in self._store.doomed():
+                self._aside(functools.partial(self._house.remove, key))
+
+    def _beat(self, now: float) -> None:
+        try:
+            self._store.beat(self._runner.worker)
+            self._beaten = now
+        except StoreUnavailable:
+            if now - self._beaten < self._lease * _CAUTION:
+                return
+            # Before the others may take over.
+            for turn, live in self._books.running():
+                self._runner.stop(live, turn, "store_unavailable")
+
+    def _reap(self, orphan: Orphan) -> None:
+        try:
+            self._runner.reap(orphan)
+        except (ClaimLost, StoreUnavailable):
+            pass  # Somebody else has it, or the next look will.
+
+    def _aside(self, work: cabc.Callable[[], None]) -> None:
+        threading.Thread(target=work, name="agentao-aside", daemon=True).start()
+
+    # -- what they wrote -----------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._closed.is_set():
+            if not self._anyone_waits():
+                self._nudge.wait(_SLOW_TAIL)
+                self._nudge.clear()
+                continue
+            try:
+                self.tail()
+            except StoreUnavailable:
+                pass  # The store has said so in the log, and is asked again below.
+            except Exception:
+                self._log.exception("the tailer stumbled")
+            self._closed.wait(_TAIL)
+
+    def _anyone_waits(self) -> bool:
+        return bool(self._books.turns) or any(live.watched for live in self._house.sessions())
+
+    def tail(self) -> None:
+        """Ask once: heads of what is watched here, ends of claims, signals to us."""
+        parked = dict(self._books.parked)
+        watched = {live.key: live for live in self._house.sessions() if live.watched}
+        watched |= {live.key: live for live in parked.values()}
+        rows = self._store.heads(watched.keys()) if watched else {}
+        for key, live in watched.items():
+            row = rows.get(key)
+            if row is not None:
+                live.tail(row)
+            elif live.head:
+                self._house.forget(live)
+        for turn, live in parked.items():
+            row = rows.get(live.key)
+            if row is not None and row.turn_id is None and self._books.unpark(turn):
+                self._runner.start(live, turn)
+        if self._books.turns:
+            for signal in self._store.signals(self._runner.worker):
+                self._obey(signal)
+
+    def _obey(self, signal: Signal) -> None:
+        found = self._books.find(signal.turn_id)
+        if found is None:
+            return
+        turn, live = found
+        if signal.reason == "read_elsewhere":
+            live.keep(turn)
+            return
+        if signal.reason == "session_deleted":
+            live.deleting = True
+        self._runner.stop(live, turn, signal.reason)
+
+    def read_here(self, live: Live) -> None:
+        """A client reads here what another worker runs: it is not alone there."""
+        self._nudge.set()
+        turn = live.elsewhere
+        if turn is not None and live.noticed != turn:
+            live.noticed = turn
+            self._store.signal(live.key, "read_elsewhere", but=self._runner.worker)

@@ -1,0 +1,529 @@
+"""The store that survives: SQLAlchemy Core, the same code on SQLite and PostgreSQL.
+
+Here is what each method does in its one transaction; the steps they share are in ``steps``, the
+transactions themselves in ``database``.
+"""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import time
+import typing as t
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from agentao_web.core.errors import ClaimLost
+from agentao_web.core.errors import NotFound
+from agentao_web.core.errors import SessionBusy
+from agentao_web.core.errors import StoreUnavailable
+from agentao_web.core.errors import TooManySessions
+from agentao_web.core.errors import TooManyTurns
+from agentao_web.core.log import Draft
+from agentao_web.core.log import Event
+from agentao_web.core.log import Slice
+from agentao_web.core.log import first_seq
+from agentao_web.core.log import gap
+from agentao_web.core.names import SessionKey
+from agentao_web.store import ActiveTurn
+from agentao_web.store import Claim
+from agentao_web.store import EndedTurn
+from agentao_web.store import Finish
+from agentao_web.store import History
+from agentao_web.store import KeyUse
+from agentao_web.store import MessagePage
+from agentao_web.store import Orphan
+from agentao_web.store import Revocation
+from agentao_web.store import SessionRow
+from agentao_web.store import Signal
+from agentao_web.store import TurnRow
+from agentao_web.store import steps
+from agentao_web.store.database import Database
+from agentao_web.store.memory import KEY_SECONDS
+from agentao_web.store.memory import FoundOrphan
+from agentao_web.store.memory import KnownKey
+from agentao_web.store.memory import added
+from agentao_web.store.memory import check_use
+from agentao_web.store.memory import page_of
+from agentao_web.store.memory import taken_over
+from agentao_web.store.memory import title_of
+from agentao_web.store.memory import used_by
+from agentao_web.store.tables import history
+from agentao_web.store.tables import keys
+from agentao_web.store.tables import revocations
+from agentao_web.store.tables import sessions
+from agentao_web.store.tables import signals
+from agentao_web.store.tables import transcript
+from agentao_web.store.tables import turns
+from agentao_web.store.tables import workers
+
+_Result = t.TypeVar("_Result")
+_Row = steps.Row
+
+#: How often a transaction that lost a race for a unique row is tried.
+_TRIES: t.Final = 3
+#: Sessions asked for in one statement: SQLite takes 32,766 parameters.
+_KEYS: t.Final = 10_000
+#: Sessions removed in one transaction: others want to write meanwhile.
+_PRUNED: t.Final = 100
+
+_MINE = signals.c.worker == sa.bindparam("worker")
+_ANY_SIGNAL = sa.select(signals.c.id).where(_MINE).limit(1)
+_SIGNALS = (
+    sa.select(signals, sessions.c.tenant, sessions.c.user, sessions.c.sid)
+    .join_from(signals, sessions)
+    .where(_MINE)
+    .order_by(signals.c.id)
+    .with_for_update(of=signals)
+)
+
+
+class SqlStore:
+    """See the module. Nothing is opened before the first use, which must come after the fork.
+
+    *clock* is SQLite's clock for heartbeats, and that of the idempotency keys on both.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        max_per_tenant: int | None = None,
+        log_bytes: int = 4 * 2**20,
+        clock: cabc.Callable[[], float] = time.time,
+    ) -> None:
+        self._db = Database(url)
+        self._max_per_tenant = max_per_tenant
+        self._log_bytes = log_bytes
+        self._clock = clock
+
+    def check(self) -> str:
+        """Open the database, make its schema, look whether it is whole; what was found.
+
+        RuntimeError, with the cure, if it is not, or if a newer version wrote it.
+        """
+        return self._db.check()
+
+    def backup(self, file: Path) -> None:
+        """Copy an SQLite database while it is in use; RuntimeError for any other."""
+        self._db.backup(file)
+
+    def close(self) -> None:
+        self._db.close()
+
+    # -- turns ---------------------------------------------------------------------------------
+
+    def claim(
+        self,
+        key: SessionKey,
+        turn: TurnRow,
+        opening: Draft,
+        now: float,
+        use: KeyUse | None = None,
+    ) -> Claim:
+        def attempt(db: sa.Connection) -> Claim:
+            session = steps.locked(db, key)
+            if session is None:
+                generation = steps.next_generation(db)
+                session = self._create(db, key, turn, now)
+            else:
+                self._may_come(db, session, turn, use)
+                _may_begin(db, session, turn)
+                generation = steps.next_generation(db)
+            event = Event(
+                first_seq(generation) + 1, turn.id, opening.type, opening.data, now, opening.extra
+            )
+            self._begin(db, session, turn, generation, event)
+            self._remember(db, session, turn, use)
+            return Claim(key, generation, turn.id, event, session.version, session.head)
+
+        return self._retried(attempt)
+
+    def enqueue(
+        self,
+        key: SessionKey,
+        turn: TurnRow,
+        *,
+        limit: int,
+        first: bool = False,
+        use: KeyUse | None = None,
+    ) -> int:
+        def attempt(db: sa.Connection) -> int:
+            session = steps.locked(db, key)
+            if session is None:
+                raise NotFound("no such session")
+            self._may_come(db, session, turn, use)
+            places = [r.position for r in steps.active(db, session) if r.state == "queued"]
+            if len(places) >= limit:
+                raise TooManyTurns("too many turns of this session are waiting")
+            place = min(places, default=1) - 1 if first else max(places, default=0) + 1
+            steps.insert_turn(db, session, turn, "queued", place)
+            self._remember(db, session, turn, use)
+            return 1 if first else len(places) + 1
+
+        return self._retried(attempt)
+
+    def accepted(self, key: SessionKey, use: KeyUse) -> str | None:
+        with self._db.read() as db:
+            session = steps.find(db, key)
+            return None if session is None else used_by(_use(db, session, use), use, self._clock())
+
+    def dequeue(self, key: SessionKey, turn_id: str) -> None:
+        with self._db.write() as db:
+            session = steps.locked(db, key)
+            if session is not None:
+                db.execute(sa.delete(turns).where(steps.this_turn(session, turn_id, "queued")))
+
+    def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
+        with self._db.batch() as db:
+            session = steps.held(db, claim.key, claim.generation)
+            values = steps.write(db, session, events)
+            if values["log_bytes"] > self._log_bytes * 5 // 4:
+                values |= steps.prune(db, session, values["log_bytes"], self._log_bytes)
+            steps.change(db, session, values)
+
+    def finish(self, claim: Claim, finish: Finish) -> None:
+        with self._db.write() as db:
+            session = steps.held(db, claim.key, claim.generation)
+            values = steps.write(db, session, finish.events)
+            if values["log_bytes"] > self._log_bytes:
+                values |= steps.prune(db, session, values["log_bytes"], self._log_bytes)
+            values |= steps.converse(db, session, finish)
+            values |= {"usage": added(session.usage, finish.outcome.usage)}
+            values |= {"updated": finish.now, "version": claim.generation}
+            steps.change(db, session, {**values, "generation": None, "turn_id": None})
+            _end(db, session, claim.turn_id, finish.events[-1])
+
+    def active(self, key: SessionKey) -> list[ActiveTurn]:
+        with self._db.read() as db:
+            session = steps.find(db, key)
+            rows = [] if session is None else steps.active(db, session)
+            return [steps.active_turn(row, session.head) for row in rows if session is not None]
+
+    def ended(self, key: SessionKey, turn_id: str) -> EndedTurn | None:
+        with self._db.read() as db:
+            session = steps.find(db, key)
+            if session is None:
+                return None
+            found = sa.select(turns.c.final, turns.c.cursor)
+            row = db.execute(found.where(steps.this_turn(session, turn_id))).one_or_none()
+        if row is None or row.final is None:
+            return None
+        return EndedTurn(Event(*row.final), row.cursor)
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def session(self, key: SessionKey) -> SessionRow | None:
+        with self._db.read() as db:
+            row = steps.find(db, key)
+        return None if row is None else steps.session_row(row)
+
+    def sessions(
+        self,
+        tenant: str | None,
+        user: str | None,
+        *,
+        before: tuple[float, str] | None,
+        limit: int,
+    ) -> list[SessionRow]:
+        found = sa.select(sessions)
+        for column, name in ((sessions.c.tenant, tenant), (sessions.c.user, user)):
+            if name is not None:
+                found = found.where(column == name)
+        if before is not None:
+            found = found.where(sa.tuple_(sessions.c.updated, sessions.c.sid) < sa.tuple_(*before))
+        found = found.order_by(sessions.c.updated.desc(), sessions.c.sid.desc()).limit(limit)
+        with self._db.read() as db:
+            return [steps.session_row(row) for row in db.execute(found)]
+
+    def heads(self, keys: cabc.Collection[SessionKey]) -> dict[SessionKey, SessionRow]:
+        names = [steps.name_of(key) for key in keys]
+        rows: list[SessionRow] = []
+        with self._db.read() as db:
+            for start in range(0, len(names), _KEYS):
+                some = sessions.c.name.in_(names[start : start + _KEYS])
+                rows += [
+                    steps.session_row(row) for row in db.execute(sa.select(sessions).where(some))
+                ]
+        return {row.key: row for row in rows}
+
+    def events(self, key: SessionKey, after: int | None, *, limit: int, max_bytes: int) -> Slice:
+        with self._db.read() as db:
+            session = steps.known(db, key)
+            cursor = session.base if after is None else after
+            found: list[Event] = []
+            if not session.base <= cursor <= session.head:
+                reason = "pruned" if cursor < session.base else "ahead_of_log"
+                found.append(gap(cursor, session.base, reason))
+                cursor = session.base
+            if cursor < session.head:
+                found += steps.part(db, session, cursor, limit - len(found), max_bytes)
+        return Slice(found, t.cast(int, found[-1].seq) if found else cursor)
+
+    def transcript(
+        self, key: SessionKey, *, before: int | None, after: int | None, limit: int
+    ) -> MessagePage:
+        with self._db.read() as db:
+            session = steps.known(db, key)
+            start, stop, more = page_of(session.entries, before, after, limit)
+            n = transcript.c.n
+            page = sa.and_(transcript.c.session == session.id, n > start, n <= stop)
+            rows = db.execute(sa.select(transcript).where(page).order_by(n)).all()
+        return MessagePage([{"id": row.n, **row.body} for row in rows], more)
+
+    def history(self, key: SessionKey) -> History:
+        with self._db.read() as db:
+            session = steps.find(db, key)
+            if session is None:
+                return History([], 0, 0)
+            mine = sa.and_(history.c.session == session.id, history.c.epoch == session.epoch)
+            found = sa.select(history.c.body).where(mine).order_by(history.c.n)
+            messages = list(db.execute(found).scalars())
+        return History(messages, session.epoch, session.version)
+
+    # -- changing ------------------------------------------------------------------------------
+
+    def rename(self, key: SessionKey, title: str) -> None:
+        with self._db.write() as db:
+            steps.change(db, steps.known(db, key), {"title": title})
+
+    def tombstone(self, key: SessionKey) -> bool:
+        with self._db.write() as db:
+            session = steps.locked(db, key)
+            if session is None:
+                return False
+            steps.change(db, session, {"deleting": True})
+            return True
+
+    def delete(self, key: SessionKey) -> None:
+        with self._db.write() as db:
+            # The other tables' rows go with it.
+            db.execute(sa.delete(sessions).where(sessions.c.name == steps.name_of(key)))
+
+    def revoke(self, tenant: str, user: str | None, before: float) -> None:
+        whose = {"tenant": tenant, "everyone": user is None, "user": user or ""}
+        same = [revocations.c[name] == value for name, value in whose.items()]
+
+        def attempt(db: sa.Connection) -> None:
+            # What was void stays void.
+            later = sa.case((revocations.c.before < before, before), else_=revocations.c.before)
+            again = sa.update(revocations).where(*same).values(before=later)
+            if db.execute(again).rowcount == 0:
+                db.execute(sa.insert(revocations).values(**whose, before=before))
+
+        self._retried(attempt)
+
+    def revocations(self) -> list[Revocation]:
+        with self._db.read() as db:
+            rows = db.execute(sa.select(revocations)).all()
+        return [Revocation(r.tenant, None if r.everyone else r.user, r.before) for r in rows]
+
+    def prune(self, before: float) -> int:
+        old = sa.select(sessions.c.id).where(sessions.c.updated < before, ~steps.BUSY)
+        some = old.order_by(sessions.c.id).limit(_PRUNED).with_for_update()
+        total = 0
+        while True:
+            with self._db.write() as db:
+                ids = db.execute(some).scalars().all()
+                # Asked again now that they are locked: one may have got a turn meanwhile.
+                gone = sa.delete(sessions).where(sessions.c.id.in_(ids), ~steps.BUSY)
+                total += db.execute(gone).rowcount
+            if len(ids) < _PRUNED:
+                return total
+
+    # -- workers -------------------------------------------------------------------------------
+
+    def beat(self, worker: str) -> None:
+        def attempt(db: sa.Connection) -> None:
+            again = sa.update(workers).where(workers.c.id == worker).values(beat=self._now())
+            if db.execute(again).rowcount == 0:
+                db.execute(sa.insert(workers).values(id=worker, beat=self._now()))
+
+        self._retried(attempt)
+
+    def leave(self, worker: str) -> None:
+        with self._db.write() as db:
+            db.execute(sa.delete(signals).where(signals.c.worker == worker))
+            db.execute(sa.delete(workers).where(workers.c.id == worker))
+
+    def signal(self, key: SessionKey, reason: str, *, but: str, running_only: bool = False) -> int:
+        with self._db.write() as db:
+            session = steps.locked(db, key)
+            if session is None:
+                return 0
+            found = [row for row in steps.active(db, session) if row.worker != but]
+            if running_only:
+                found = [row for row in found if row.state == "running"]
+            _ask(db, session, found, reason)
+            return len(found)
+
+    def signals(self, worker: str) -> list[Signal]:
+        with self._db.read() as db:
+            # Several times a second, and nearly always in vain: without a lock.
+            if db.execute(_ANY_SIGNAL, {"worker": worker}).first() is None:
+                return []
+        with self._db.write() as db:
+            rows = db.execute(_SIGNALS, {"worker": worker}).all()
+            db.execute(sa.delete(signals).where(signals.c.id.in_([row.id for row in rows])))
+        return [Signal(steps.key_of(row), row.turn_id, row.reason) for row in rows]
+
+    def doomed(self) -> list[SessionKey]:
+        with self._db.read() as db:
+            found = sa.select(sessions).where(sessions.c.deleting, ~steps.BUSY)
+            return [steps.key_of(row) for row in db.execute(found)]
+
+    def orphans(self, lease: float) -> list[Orphan]:
+        alive = sa.exists().where(
+            workers.c.id == turns.c.worker, workers.c.beat >= self._now() - lease
+        )
+        # ``head`` and ``id`` are the session's, the turn's come under names of their own.
+        own = (turns.c.id.label("turn"), turns.c.state, turns.c.cursor)
+        found = (
+            sa.select(sessions, *own)
+            .join_from(turns, sessions)
+            .where(turns.c.position.is_not(None), ~alive)
+            .order_by(sessions.c.id, turns.c.state.desc(), turns.c.position)
+        )
+        with self._db.read() as db:
+            return [_orphan(row) for row in db.execute(found)]
+
+    def take_over(self, orphan: Orphan, worker: str) -> Claim | None:
+        with self._db.write() as db:
+            session = steps.locked(db, orphan.key)
+            if session is None:
+                return None
+            if not orphan.running:
+                _end(db, session, orphan.turn_id, None)
+                return None
+            expected = orphan.generation if isinstance(orphan, FoundOrphan) else session.generation
+            if session.turn_id != orphan.turn_id or session.generation != expected:
+                return None
+            this = steps.this_turn(session, orphan.turn_id)
+            db.execute(sa.update(turns).where(this).values(worker=worker))
+            _unask(db, session, orphan.turn_id)
+            generation = steps.next_generation(db)
+            steps.change(db, session, {"generation": generation})
+            return taken_over(orphan, generation, session.version, session.head)
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _retried(self, attempt: cabc.Callable[[sa.Connection], _Result]) -> _Result:
+        """What *attempt* returns; once more if somebody else made the same row first."""
+        for _ in range(_TRIES):
+            try:
+                with self._db.write() as db:
+                    return attempt(db)
+            except IntegrityError:
+                continue
+        raise StoreUnavailable
+
+    def _now(self) -> sa.ColumnElement[float]:
+        """Of several machines, the database's clock is the one they share."""
+        if self._db.is_sqlite:
+            return sa.literal(self._clock(), sa.Double)
+        return sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()), sa.Double)
+
+    def _create(self, db: sa.Connection, key: SessionKey, turn: TurnRow, now: float) -> _Row:
+        """The row of a new session. The generation counter is ours: nobody else makes one now."""
+        if self._max_per_tenant is not None:
+            mine = sa.select(sa.func.count()).where(sessions.c.tenant == key.tenant)
+            if db.execute(mine).scalar_one() >= self._max_per_tenant:
+                raise TooManySessions("this tenant has no room for another session")
+        names = {"tenant": key.tenant, "user": key.user, "sid": key.id, "name": steps.name_of(key)}
+        values = {"title": title_of(turn.message), "created": now, "updated": now, "usage": {}}
+        db.execute(sa.insert(sessions).values(**names, **values))
+        return steps.known(db, key)
+
+    def _may_come(
+        self, db: sa.Connection, session: _Row, turn: TurnRow, use: KeyUse | None
+    ) -> None:
+        if session.deleting:
+            raise SessionBusy("this session is being deleted", reason="deleting")
+        if use is not None:
+            check_use(_use(db, session, use), use, turn, self._clock())
+
+    def _begin(
+        self, db: sa.Connection, session: _Row, turn: TurnRow, generation: int, event: Event
+    ) -> None:
+        running = {"state": "running", "cursor": session.head}
+        queued = steps.this_turn(session, turn.id, "queued")
+        if db.execute(sa.update(turns).where(queued).values(**running)).rowcount == 0:
+            _insert_running(db, session, turn)
+        values = steps.write(db, session, [event])
+        values |= {"turns": session.turns + 1, "updated": event.ts}
+        steps.change(db, session, {**values, "generation": generation, "turn_id": turn.id})
+
+    def _remember(
+        self, db: sa.Connection, session: _Row, turn: TurnRow, use: KeyUse | None
+    ) -> None:
+        if use is None:
+            return
+        now = self._clock()
+        # Also the turn's own, from when it was queued.
+        old = sa.or_(keys.c.created <= now - KEY_SECONDS, keys.c.key == use.key)
+        db.execute(sa.delete(keys).where(keys.c.session == session.id, old))
+        row = {"session": session.id, "turn_id": turn.id, "created": now}
+        db.execute(sa.insert(keys).values(key=use.key, body=use.body, **row))
+
+
+def _may_begin(db: sa.Connection, session: _Row, turn: TurnRow) -> None:
+    if session.generation is not None:
+        raise SessionBusy("this session is already answering")
+    first = next(iter(steps.active(db, session)), None)
+    if first is not None and first.id != turn.id:
+        raise SessionBusy("another turn of this session is first")
+
+
+def _insert_running(db: sa.Connection, session: _Row, turn: TurnRow) -> None:
+    ended = sa.select(turns.c.id).where(steps.this_turn(session, turn.id))
+    if db.execute(ended).first() is not None:
+        # It was queued, and taken from its worker: it must not begin any more.
+        raise ClaimLost
+    steps.insert_turn(db, session, turn, "running", 0, session.head)
+
+
+def _end(db: sa.Connection, session: _Row, turn_id: str, final: Event | None) -> None:
+    """The turn has ended with *final*, or was queued and ends without having begun."""
+    this = steps.this_turn(session, turn_id, "queued" if final is None else "running")
+    told = None if final is None else steps.final_json(final)
+    ended = {"state": "ended", "position": None, "final": told}
+    if db.execute(sa.update(turns).where(this).values(**ended)).rowcount and final is None:
+        _unask(db, session, turn_id)
+
+
+def _use(db: sa.Connection, session: _Row, use: KeyUse) -> KnownKey | None:
+    mine = sa.and_(keys.c.session == session.id, keys.c.key == use.key)
+    row = db.execute(sa.select(keys).where(mine)).one_or_none()
+    return None if row is None else KnownKey(row.body, row.turn_id, row.created)
+
+
+def _ask(db: sa.Connection, session: _Row, found: cabc.Sequence[_Row], reason: str) -> None:
+    """Signal the workers of those turns, but none for the second time before it has looked."""
+    asked = sa.select(signals.c.turn_id).where(
+        signals.c.session == session.id, signals.c.reason == reason
+    )
+    before = set(db.execute(asked).scalars())
+    new = [
+        {"worker": r.worker, "session": session.id, "turn_id": r.id, "reason": reason}
+        for r in found
+        if r.id not in before
+    ]
+    if new:
+        db.execute(sa.insert(signals), new)
+
+
+def _unask(db: sa.Connection, session: _Row, turn_id: str) -> None:
+    mine = sa.and_(signals.c.session == session.id, signals.c.turn_id == turn_id)
+    db.execute(sa.delete(signals).where(mine))
+
+
+def _orphan(row: _Row) -> Orphan:
+    running = row.state == "running"
+    return FoundOrphan(
+        steps.key_of(row),
+        row.turn,
+        running,
+        row.cursor if running else row.head,
+        row.generation if running else None,
+    )

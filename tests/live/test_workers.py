@@ -1,0 +1,307 @@
+"""Several real workers on one port, and workers that are killed, stopped and restarted."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import json
+import os
+import random
+import signal
+import threading
+import time
+import typing as t
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.live.harness import PATIENCE
+from tests.live.harness import Server
+from tests.live.harness import eventually
+from tests.live.harness import model_env
+from tests.live.harness import token
+from tests.model_server import ModelServer
+
+pytestmark = pytest.mark.live
+
+LEASE = "1.5"
+
+
+@pytest.fixture
+def model() -> cabc.Iterator[ModelServer]:
+    with ModelServer() as server:
+        yield server
+
+
+class Client:
+    """Every request on a connection of its own, so that any worker may get it."""
+
+    def __init__(self, server: Server) -> None:
+        self.url = server.url
+        self.headers = {"Authorization": f"Bearer {token()}", "Accept": "application/json"}
+
+    def request(self, method: str, path: str, **options: t.Any) -> httpx.Response:
+        headers = self.headers | options.pop("headers", {})
+        return httpx.request(
+            method, self.url + path, headers=headers, timeout=PATIENCE, trust_env=False, **options
+        )
+
+    def ask(self, sid: str, message: str, **fields: t.Any) -> dict[str, t.Any]:
+        response = self.request(
+            "POST",
+            f"/chat/{sid}",
+            json={"message": message, **fields},
+            headers={"Prefer": "wait=25"},
+        )
+        assert response.status_code == 200, response.text
+        return t.cast(dict[str, t.Any], response.json())
+
+    def begin(self, sid: str, message: str, **fields: t.Any) -> dict[str, t.Any]:
+        response = self.request("POST", f"/chat/{sid}", json={"message": message, **fields})
+        assert response.status_code == 202, response.text
+        return t.cast(dict[str, t.Any], response.json())
+
+    def read(self, sid: str, cursor: int = 0) -> list[dict[str, t.Any]]:
+        """Long-poll from *cursor* until the session is idle, over whatever happens to workers."""
+        events: list[dict[str, t.Any]] = []
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            try:
+                response = self.request("GET", f"/chat/{sid}/events?after={cursor}&wait=2")
+            except httpx.TransportError:
+                continue
+            if response.status_code != 200:
+                continue
+            page = response.json()
+            events += page["events"]
+            cursor = page["cursor"]
+            if page["state"] == "idle" and not page["events"]:
+                return events
+        raise AssertionError(f"never idle: {events[-3:]}")
+
+
+def texts(request: t.Any) -> list[str]:
+    """What the model was told, as text, without what Agentao adds to it."""
+    return [json.dumps(m.get("content")) for m in request.body["messages"] if m["role"] == "user"]
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_a_long_conversation_with_any_workers_is_never_forgotten(
+    tmp_path: Path, model: ModelServer, workers: int
+) -> None:
+    turns = 100
+    with Server(tmp_path, "--workers", str(workers), **model_env(model)) as server:
+        client = Client(server)
+        for n in range(turns):
+            body = client.ask("s", f"say answer-{n}-.")
+            assert body["reply"] == f"answer-{n}-."
+        told = json.dumps(model.requests[-1].body["messages"])
+        for n in range(turns):
+            assert told.count(f"answer-{n}-.") == (2 if n < turns - 1 else 1), (
+                "not forgotten, not twice"
+            )
+        assert model.connections >= 2, "more than one worker took part"
+        events = client.read("s")
+        seqs = [e["seq"] for e in events]
+        assert seqs == sorted(set(seqs))
+        assert len([e for e in events if e["type"] == "done"]) == turns
+
+
+def test_everything_works_at_any_worker(tmp_path: Path, model: ModelServer) -> None:
+    with Server(tmp_path, "--workers", "4", **model_env(model)) as server:
+        client = Client(server)
+        for n in range(12):
+            started = client.begin(f"s{n}", "hang_after some words")
+            assert client.request("GET", f"/session/s{n}").json()["state"] == "running"
+            queued = client.begin(f"s{n}", "say queued", on_busy="queue")
+            begun = time.monotonic()
+            cancelled = client.request("POST", f"/chat/s{n}/cancel").json()["cancelled"]
+            assert cancelled == 2
+            events = client.read(f"s{n}", started["cursor"])
+            assert time.monotonic() - begun < PATIENCE
+            ends = {e["turn_id"]: e["data"]["reason"] for e in events if e["type"] == "done"}
+            assert ends[started["turn_id"]] == "cancelled_by_user"
+            assert ends.get(queued["turn_id"], "cancelled_by_user") == "cancelled_by_user"
+            client.begin(f"s{n}", "hang")
+            interrupting = client.request(
+                "POST",
+                f"/chat/s{n}",
+                json={"message": "say instead", "on_busy": "interrupt"},
+                headers={"Prefer": "wait=25"},
+            )
+            assert interrupting.json()["reply"] == "instead"
+            assert client.request("DELETE", f"/session/s{n}").json() == {"ok": True}
+            assert client.request("GET", f"/session/s{n}").status_code == 404
+
+
+def test_a_restart_forgets_nothing(tmp_path: Path, model: ModelServer) -> None:
+    with Server(tmp_path, **model_env(model)) as server:
+        client = Client(server)
+        client.ask("s", "say remember-this")
+        before = client.read("s")
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+    with Server(tmp_path, **model_env(model)) as server:
+        client = Client(server)
+        assert client.read("s") == before
+        client.ask("s", "say and")
+        assert "remember-this" in json.dumps(model.requests[-1].body)
+        assert client.request("GET", "/sessions").json()["sessions"][0]["session_id"] == "s"
+    database = tmp_path / "root" / "agentao-web.db"
+    assert database.stat().st_mode & 0o077 == 0
+
+
+def test_a_killed_workers_turn_is_told_and_the_next_one_works(
+    tmp_path: Path, model: ModelServer
+) -> None:
+    with Server(tmp_path, **model_env(model, AGENTAO_WORKER_LEASE=LEASE)) as server:
+        client = Client(server)
+        client.ask("s", "say before")
+        started = client.begin("s", "hang_after half")
+        eventually(lambda: len(model.requests) == 2, "the model is not asked")
+        server.signal(signal.SIGKILL, server.workers()[0])
+        events = client.read("s", started["cursor"])
+        assert events[-1]["error"]["code"] == "worker_lost"
+        assert client.ask("s", "say after")["reply"] == "after"
+        told = json.dumps(model.requests[-1].body["messages"])
+        assert "before" in told and "hang_after half" in told and "cut off" in told
+
+
+def test_a_worker_that_slept_past_its_lease_cannot_write(
+    tmp_path: Path, model: ModelServer
+) -> None:
+    env = model_env(model, AGENTAO_WORKER_LEASE=LEASE)
+    with Server(tmp_path, "--workers", "2", "--timeout", "300", **env) as server:
+        client = Client(server)
+        started = client.begin("s", "hang_after half")
+        eventually(lambda: len(model.requests) == 1, "the model is not asked")
+        sleeper = next(pid for pid in server.workers() if _speaks_to(pid, model))
+        server.signal(signal.SIGSTOP, sleeper)
+        try:
+            # The kernel may hand a connection to the sleeper: short patience, and again.
+            def closed() -> bool:
+                try:
+                    page = httpx.get(
+                        f"{server.url}/chat/s/events?after={started['cursor']}&wait=0",
+                        headers=client.headers,
+                        timeout=1,
+                        trust_env=False,
+                    ).json()
+                except httpx.TransportError:
+                    return False
+                return bool(page["events"]) and page["events"][-1]["type"] == "error"
+
+            eventually(closed, "nobody closed the sleeper's turn")
+        finally:
+            server.signal(signal.SIGCONT, sleeper)
+        before = client.read("s")
+        model.release()
+        assert client.ask("s", "say the other worker went on")["status"] == "completed"
+        after = client.read("s")
+        assert after[: len(before)] == before
+        assert [e["type"] for e in after if e["type"] in ("done", "error")] == ["error", "done"]
+
+
+def _speaks_to(pid: int, model: ModelServer) -> bool:
+    """Whether that process has a connection to the model's port."""
+    port = f":{int(model.base_url.split(':')[2].split('/')[0]):04X}"
+    inodes = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[2].endswith(port) and fields[3] == "01":
+            inodes.add(fields[9])
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            if os.readlink(fd).removeprefix("socket:[").rstrip("]") in inodes:
+                return True
+        except OSError:
+            continue
+    return False
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killing_workers_at_random_moments_loses_nothing_that_was_told(
+    tmp_path: Path, model: ModelServer, workers: int
+) -> None:
+    """No finished turn is missing, no message twice, no half tool pair; every loss is told."""
+    rounds = 25
+    env = model_env(model, AGENTAO_WORKER_LEASE=LEASE, AGENTAO_POLICY="trusted")
+    with Server(tmp_path, "--workers", str(workers), **env) as server:
+        client = Client(server)
+        chance = random.Random(workers)
+        stop = threading.Event()
+
+        def assassin() -> None:
+            while not stop.wait(chance.uniform(0.3, 2.5)):
+                victims = server.workers()
+                if victims:
+                    server.signal(signal.SIGKILL, chance.choice(victims))
+
+        killer = threading.Thread(target=assassin)
+        killer.start()
+        told: dict[str, str] = {}
+        cursor = 0
+        try:
+            for n in range(rounds):
+                message = (
+                    f'call list_directory {{"directory_path": "."}}\ntokens 30 60\nsay end-{n}-.'
+                )
+                turn_id, cursor = _start(client, message, cursor, told)
+                assert turn_id
+        finally:
+            stop.set()
+            killer.join(PATIENCE)
+        _settle(client, cursor, told)
+        assert set(told.values()) <= {"completed", "failed"}
+        assert "completed" in told.values()
+        _check_history(client, model, told)
+
+
+def _start(client: Client, message: str, cursor: int, told: dict[str, str]) -> tuple[str, int]:
+    """Start a turn and read until it ended, over dying workers."""
+    until = time.monotonic() + PATIENCE
+    key = f"key-{len(told)}-{random.random()}"
+    while time.monotonic() < until:
+        try:
+            response = client.request(
+                "POST", "/chat/s", json={"message": message}, headers={"Idempotency-Key": key}
+            )
+        except httpx.TransportError:
+            continue
+        if response.status_code in (200, 202):
+            turn_id = response.json()["turn_id"]
+            return turn_id, _settle(client, cursor, told)
+        assert response.status_code in (409, 503), response.text
+        time.sleep(0.05)  # As Retry-After says, only faster.
+    raise AssertionError("no worker takes the turn")
+
+
+def _settle(client: Client, cursor: int, told: dict[str, str]) -> int:
+    events = client.read("s", cursor)
+    for event in events:
+        if event["type"] in ("done", "error") and event["seq"] is not None:
+            assert event["turn_id"] not in told, "ended twice"
+            told[event["turn_id"]] = event["data"]["status"]
+    return events[-1]["seq"] if events else cursor
+
+
+def _check_history(client: Client, model: ModelServer, told: dict[str, str]) -> None:
+    assert client.ask("s", "say last")["reply"] == "last"
+    messages = model.requests[-1].body["messages"]
+    open_calls: set[str] = set()
+    for message in messages:
+        for call in message.get("tool_calls") or []:
+            open_calls.add(call["id"])
+        if message["role"] == "tool":
+            open_calls.discard(message["tool_call_id"])
+    assert not open_calls, "half a tool pair"
+    page = client.request("GET", "/session/s/messages?limit=200").json()
+    entries = list(page["messages"])
+    while page["more"]:
+        before = page["messages"][0]["id"]
+        page = client.request("GET", f"/session/s/messages?limit=200&before={before}").json()
+        entries = page["messages"] + entries
+    users = [e["turn_id"] for e in entries if e["role"] == "user"]
+    assert len(users) == len(set(users)), "no message twice"
+    assert set(told) <= set(users), "no turn that was told is missing"

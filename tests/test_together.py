@@ -1,0 +1,372 @@
+"""Workers on one store: any of them can answer anything, and none of them outlives its claim."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import threading
+import typing as t
+from pathlib import Path
+
+import pytest
+from agentao_web.store.sql import SqlStore
+
+from agentao_web.core.errors import NotFound
+from agentao_web.core.errors import SessionBusy
+from agentao_web.core.errors import StoreUnavailable
+from agentao_web.core.errors import TooManyTurns
+from agentao_web.core.log import Draft
+from agentao_web.core.log import Event
+from agentao_web.core.turn import TurnRequest
+from agentao_web.readers import Reader
+from agentao_web.readers import ending
+from agentao_web.runner import Stage
+from agentao_web.sessions import Started
+from agentao_web.store import Store
+from agentao_web.store.memory import MemoryStore
+from tests.pool_fakes import PATIENCE
+from tests.pool_fakes import FakeAgent
+from tests.pool_fakes import Gate
+from tests.pool_fakes import Probe
+from tests.pool_fakes import say_ok
+from tests.pool_fakes import until_stopped
+
+Crew = cabc.Callable[..., list[Probe]]
+
+
+class Handle:
+    """A worker's own hold on a store all of them share."""
+
+    def __init__(self, shared: MemoryStore) -> None:
+        self._shared = shared
+
+    def __getattr__(self, name: str) -> t.Any:
+        return getattr(self._shared, name)
+
+    def close(self) -> None:
+        """The others go on with it."""
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
+def stores(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> cabc.Iterator[cabc.Callable[[], Store]]:
+    made: list[t.Any] = []
+    shared = MemoryStore(seed=1)
+    url = f"sqlite:///{tmp_path}/together.db"
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres_url")
+
+    def open_store() -> Store:
+        made.append(Handle(shared) if request.param == "memory" else SqlStore(url))
+        return t.cast(Store, made[-1])
+
+    yield open_store
+    for store in made:
+        store.close()
+
+
+@pytest.fixture
+def crew(stores: cabc.Callable[[], Store]) -> cabc.Iterator[Crew]:
+    made: list[Probe] = []
+
+    def make(*scripts: t.Any, **caps: t.Any) -> list[Probe]:
+        for script in scripts or (say_ok, say_ok):
+            made.append(Probe(script, store=stores(), **caps))
+        return made
+
+    yield make
+    for probe in made:
+        probe.pool.drain(grace=2)
+
+
+def final(probe: Probe, started: Started) -> Event:
+    """How a turn ended, read on any worker."""
+    reader = Reader(
+        started.live, probe.store, started.cursor, turn=started.turn, turn_id=started.turn_id
+    )
+    probe.pool.read_here(started.live)
+    found = ending(reader, wait=PATIENCE)
+    assert found is not None, "the turn did not end"
+    return found
+
+
+def elsewhere(probe: Probe, started: Started) -> Started:
+    """The same turn as another worker sees it."""
+    return Started(probe.pool.find(probe.key()), started.turn_id, started.cursor, "running")
+
+
+def test_a_conversation_in_random_order_of_workers_is_never_forgotten(crew: Crew) -> None:
+    import random
+
+    workers = crew(say_ok, say_ok, say_ok)
+    order = [random.Random(5).choice(workers) for _ in range(40)]
+    for n, worker in enumerate(order):
+        assert worker.run(f"m{n}").data["status"] == "completed"
+    history = workers[0].store.history(workers[0].key()).messages
+    assert [m["content"] for m in history if m["role"] == "user"] == [f"m{n}" for n in range(40)]
+    seqs = [e.seq for e in workers[1].log()]
+    assert seqs == sorted(set(seqs))
+    last = order[-1].agents.built[-1]
+    assert len(last.messages) == 80, "the agent that answered last knew it all"
+
+
+def test_a_busy_session_is_busy_everywhere(crew: Crew) -> None:
+    one, two = crew(until_stopped, say_ok)
+    started = one.start()
+    with pytest.raises(SessionBusy):
+        two.start()
+    assert two.pool.find(two.key()).state() == "running"
+    one.pool.cancel(one.key())
+    assert final(one, started).data["reason"] == "cancelled_by_user"
+
+
+def test_every_worker_reads_the_turn_as_it_runs(crew: Crew) -> None:
+    gate = Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        stage.publish(Draft("llm_text", {"chunk": "first"}))
+        gate.stand()
+        stage.publish(Draft("llm_text", {"chunk": "second"}))
+
+    one, two = crew(script, say_ok)
+    started = one.start()
+    gate.meet()
+    live = two.pool.find(two.key())
+    two.pool.read_here(live)
+    seen: list[Event] = []
+    with Reader(live, two.store, None, turn_id=started.turn_id) as reader:
+        until = live.clock() + PATIENCE
+        while not reader.told and live.clock() < until:
+            found = reader.read(limit=100, max_bytes=10**6)
+            seen += found
+            if any(e.data.get("chunk") == "first" for e in found):
+                gate.opened.set()
+            if not found:
+                reader.wait(until)
+    assert [e.type for e in seen] == ["turn_begin", "llm_text", "llm_text", "done"]
+    assert [e.seq for e in seen] == [e.seq for e in one.log()]
+
+
+def test_cancel_works_from_any_worker(crew: Crew) -> None:
+    one, two = crew(until_stopped, say_ok)
+    started = one.start()
+    queued = one.start("later", on_busy="queue")
+    assert two.pool.cancel(two.key()) == 2
+    assert final(one, started).data["reason"] == "cancelled_by_user"
+    assert final(one, queued).data["reason"] == "cancelled_by_user"
+
+
+def test_a_queue_across_workers_keeps_its_order(crew: Crew) -> None:
+    gate = Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        if request.message == "one":
+            gate.stand()
+
+    one, two = crew(script, script, max_queue=2)
+    first = one.start("one")
+    gate.meet()
+    second = two.start("two", on_busy="queue")
+    third = one.start("three", on_busy="queue")
+    with pytest.raises(TooManyTurns):
+        two.start("four", on_busy="queue")
+    assert two.pool.counts()["slots"] == 0, "a turn that waits holds no thread"
+    gate.opened.set()
+    for probe, started in ((one, first), (two, second), (one, third)):
+        assert final(probe, started).data["status"] == "completed"
+    begun = [e.data["message"] for e in one.log() if e.type == "turn_begin"]
+    assert begun == ["one", "two", "three"]
+
+
+def test_interrupt_works_across_workers(crew: Crew) -> None:
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        if request.message == "one":
+            until_stopped(agent, request, stage)
+
+    one, two = crew(script, script)
+    first = one.start("one")
+    second = two.start("two", on_busy="interrupt")
+    assert final(one, first).data["reason"] == "interrupted"
+    assert final(two, second).data["status"] == "completed"
+
+
+def test_a_turn_that_waits_elsewhere_can_be_cancelled(crew: Crew) -> None:
+    one, two = crew(until_stopped, say_ok)
+    first = one.start("one")
+    second = two.start("two", on_busy="queue")
+    two.pool._runner.stop(second.live, t.cast(t.Any, second.turn), "cancelled_by_user")
+    assert final(two, second).data["reason"] == "cancelled_by_user"
+    assert [a.message for a in one.store.active(one.key())] == ["one"]
+    one.pool.cancel(one.key())
+    final(one, first)
+
+
+def test_delete_works_from_any_worker(crew: Crew) -> None:
+    one, two = crew(until_stopped, say_ok)
+    started = one.start()
+    assert two.pool.delete(two.key(), timeout=PATIENCE)
+    last = final(one, started)
+    assert (last.seq, last.data["reason"]) == (None, "session_deleted")
+    for probe in (one, two):
+        with pytest.raises(NotFound):
+            probe.pool.find(probe.key())
+    assert two.agents.forgotten == [two.key()]
+    assert two.run("new life").data["status"] == "completed"
+    assert len(one.store.history(one.key()).messages) == 2
+
+
+def test_a_reader_is_told_when_another_worker_deletes(crew: Crew) -> None:
+    one, two = crew()
+    one.run()
+    live = one.pool.find(one.key())
+    one.pool.read_here(live)
+    with Reader(live, one.store, live.head) as reader:
+        assert two.pool.delete(two.key(), timeout=PATIENCE)
+        until = live.clock() + PATIENCE
+        events: list[Event] = []
+        while not reader.told and live.clock() < until:
+            reader.wait(until)
+            events = reader.read(limit=9, max_bytes=10**6)
+    assert events[-1].data["reason"] == "session_deleted"
+
+
+def test_a_stale_agent_is_not_used_after_a_delete_and_a_new_life(crew: Crew) -> None:
+    one, two = crew()
+    one.run("old life")
+    two.pool.delete(two.key(), timeout=PATIENCE)
+    two.run("new life")
+    one.run("still new")
+    assert [m["content"] for m in one.agents.built[-1].messages if m["role"] == "user"] == [
+        "new life",
+        "still new",
+    ]
+
+
+def test_a_reader_elsewhere_keeps_a_turn_its_own_reader_left(crew: Crew) -> None:
+    one, two = crew(until_stopped, say_ok, disconnect_grace=0.0)
+    started = one.start(on_disconnect="cancel")
+    turn = started.turn
+    assert turn is not None
+    live = two.pool.find(two.key())
+    two.pool.read_here(live)
+    for _ in range(200):
+        one.pool._peers.tail()
+        if turn.kept:
+            break
+    assert turn.kept
+    with Reader(started.live, one.store, started.cursor, turn=turn) as reader:
+        reader.left = True
+    one.pool.tick(one.pool.clock() + 100)
+    assert turn.turn.stop_reason is None
+    one.pool.cancel(one.key())
+
+
+# -- workers that die --------------------------------------------------------------------------
+
+
+def die(probe: Probe) -> None:
+    """As far as others can see, this worker is dead: no beats, no ticks, no writes come through."""
+    probe.store.beat = lambda worker: None  # type: ignore[method-assign]
+    probe.pool._closed.set()
+
+
+def test_a_dead_workers_turn_is_closed_and_told(crew: Crew) -> None:
+    gate = Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        if request.message == "lost":
+            stage.publish(Draft("tool_start", {"call_id": "1", "tool": "pay", "args": {}}))
+            gate.stand()
+            stage.publish(Draft("llm_text", {"chunk": "too late"}))
+
+    one, two = crew(script, script, worker_lease=4.5)
+    one.run("before")
+    lost = one.start("lost")
+    gate.meet()
+    two.pool.find(two.key())
+    die(one)
+    last = final(two, elsewhere(two, lost))
+    assert last.extra["error"]["code"] == "worker_lost"
+    assert two.run("after").data["status"] == "completed"
+    contents = [m["content"] for m in two.store.history(two.key()).messages]
+    assert contents[:3] == ["before", "ok", "lost"]
+    assert "may or may not have taken effect: pay" in contents[3]
+    gate.opened.set()
+    mine = final(one, lost)
+    assert (mine.seq, mine.extra["error"]["code"]) == (None, "worker_lost"), "fenced"
+    assert "too late" not in str(two.log())
+    seqs = [e.seq for e in two.log()]
+    assert seqs == sorted(set(seqs))
+
+
+def test_a_dead_workers_queue_is_not_run(crew: Crew) -> None:
+    one, two = crew(until_stopped, say_ok, worker_lease=4.5)
+    one.start("one")
+    one.start("two", on_busy="queue")
+    two.pool.find(two.key())
+    die(one)
+    until = two.pool.clock() + PATIENCE
+    while two.store.active(two.key()) and two.pool.clock() < until:
+        two.pool.tick(two.pool.clock())
+        threading.Event().wait(0.05)
+    assert two.store.active(two.key()) == []
+    begun = [e.data["message"] for e in two.log() if e.type == "turn_begin"]
+    assert begun == ["one"], "it never runs later unasked"
+    ends = [e for e in two.log() if e.type in ("done", "error")]
+    assert {e.extra["error"]["code"] for e in ends} == {"worker_lost"}
+    one.pool.cancel(one.key())
+
+
+def test_a_worker_that_cannot_beat_stops_its_own_turns_first(crew: Crew) -> None:
+    (one,) = crew(until_stopped, worker_lease=4.5)
+    started = one.start()
+
+    def refuse(worker: str) -> t.NoReturn:
+        raise StoreUnavailable
+
+    one.store.beat = refuse  # type: ignore[method-assign]
+    one.pool.tick(one.pool.clock() + 4)
+    assert final(one, started).extra["error"]["code"] == "store_unavailable"
+
+
+# -- idempotency -------------------------------------------------------------------------------
+
+
+def use(name: str = "k", body: str = "b" * 64) -> tuple[str, str]:
+    return (name, body)
+
+
+def test_a_repeated_request_joins_wherever_it_arrives(crew: Crew) -> None:
+    gate = Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        gate.stand()
+
+    one, two = crew(script, script)
+    first = one.start("hi", use=use())
+    gate.meet()
+    here, there = one.start("hi", use=use()), two.start("hi", use=use())
+    assert first.turn_id == here.turn_id == there.turn_id
+    gate.opened.set()
+    assert final(two, there).data["status"] == "completed"
+    again = two.start("hi", use=use())
+    assert (again.turn_id, again.status) == (first.turn_id, "completed")
+    assert final(two, again).extra == {"reply": "ok"}
+    assert len([e for e in one.log() if e.type == "turn_begin"]) == 1
+
+
+def test_two_at_the_same_moment_are_one_turn(crew: Crew) -> None:
+    one, two = crew()
+    barrier = threading.Barrier(8)
+    ids: list[str] = []
+
+    def ask(probe: Probe) -> None:
+        barrier.wait(PATIENCE)
+        ids.append(probe.start("hi", use=use()).turn_id)
+
+    threads = [threading.Thread(target=ask, args=(p,)) for p in (one, two) * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert (len(ids), len(set(ids))) == (8, 1)
