@@ -104,4 +104,7 @@ def _refuse_other_sites(request: Request) -> None:
         # Behind a proxy that ends TLS the scheme may differ; the host does not.
         same = origin is not None and origin.partition("://")[2] == request.host
     if not same:
-        raise Forbidden("a request without a bearer token has to come from this site's own pages")
+        raise Forbidden(
+            "a request without a bearer token has to come from this site's own pages: "
+            "send Origin, or Sec-Fetch-Site: same-origin"
+        )

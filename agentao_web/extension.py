@@ -64,6 +64,7 @@ class AgentaoWeb:
             authenticate=self._authenticate or _by_token(settings),
             pool=SessionPool(store, agents, settings, log=log),
             watcher=Watcher(),
+            own_login=self._authenticate is not None,
         )
         prefix = url_prefix.rstrip("/")
         app.register_blueprint(views.blueprint(), url_prefix=prefix or None)

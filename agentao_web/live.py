@@ -157,7 +157,8 @@ class Live:
             on_busy = turn.request.on_busy
             if on_busy == "reject":
                 raise SessionBusy(
-                    "this session is already answering", turn_id=self._current.turn.id
+                    "this session is already answering; cancel that turn, or send on_busy",
+                    turn_id=self._current.turn.id,
                 )
             if len(self._queue) >= max_queue:
                 raise TooManyTurns("the queue of this session is full", queued=len(self._queue))

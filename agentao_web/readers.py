@@ -7,6 +7,7 @@ One watcher thread sees clients that close, even while nothing is being sent to 
 from __future__ import annotations
 
 import collections.abc as cabc
+import dataclasses
 import os
 import random
 import select
@@ -94,6 +95,8 @@ class Reader:
             events = [e for e in events if e.turn_id == self.turn.turn.id or e.type == "gap"]
         if final is not None:
             events = self._with_end(events, final)
+        if events and events[0].type == "gap":
+            events[0] = dataclasses.replace(events[0], ts=self.live.clock())
         return joined(events)
 
     def wait(self, until: float) -> None:

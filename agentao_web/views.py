@@ -73,6 +73,8 @@ class Parts:
     authenticate: Authenticate
     pool: SessionPool
     watcher: Watcher
+    own_login: bool = False
+    """Requests are identified by the host, not by tokens of ours."""
 
 
 ROUTES: list[openapi.Route] = []
@@ -203,7 +205,7 @@ def _follow(parts: Parts, key: SessionKey, after: int | None, *, follow: bool) -
     live = parts.pool.find(key)
     reader = _reader(parts, live, after)
     if reader.caught_up and not follow:
-        return Response(status=204)
+        return _nothing(204)
     return _stream(reader, lease=parts.settings.stream_lease, follow=follow)
 
 
@@ -390,6 +392,13 @@ def _turn(live: LiveTurn) -> dict[str, t.Any]:
     }
 
 
+def _nothing(status: int) -> Response:
+    """An answer without a body, and so without a type of one."""
+    response = Response(status=status)
+    del response.headers["Content-Type"]
+    return response
+
+
 # -- errors ------------------------------------------------------------------------------------
 
 
@@ -437,7 +446,9 @@ def other_methods(**_: str) -> Response:
     allowed = {"OPTIONS"}.union(*(rule.methods or () for rule in rules))
     if request.method != "OPTIONS":
         raise MethodNotAllowed(allowed)
-    return Response(headers={"Allow": ", ".join(sorted(allowed))})
+    response = _nothing(200)
+    response.headers["Allow"] = ", ".join(sorted(allowed))
+    return response
 
 
 def no_such_path(**_: str) -> t.Any:

@@ -224,9 +224,11 @@ def sample() -> Fields:
     gate = Gate()
     agents = scripted(
         say("hi"),
-        wait=[pause(gate)],
-        every=[emit(kind, **_ALL) for kind in bridge._SHAPES],
-        fail=[end("llm_error")],
+        by={
+            "wait": [pause(gate)],
+            "every": [emit(kind, **_ALL) for kind in bridge._SHAPES],
+            "fail": [end("llm_error")],
+        },
     )
     app = Flask("docs")
     with tempfile.TemporaryDirectory() as root:

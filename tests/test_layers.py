@@ -35,7 +35,7 @@ DOORS: dict[str, set[str]] = {
         "views",
     },
     "workers": {"config", "extension"},
-    "cli": {"agents", "auth", "config", "core"},
+    "cli": {"agents", "auth", "config", "core", "extension"},
     "testing": {"agents", "core"},
     "__init__": {"agents", "core", "extension"},
 }

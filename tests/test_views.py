@@ -85,7 +85,7 @@ def web(tmp_path: t.Any) -> cabc.Iterator[Make]:
     def make(
         *steps: Step, prefix: str = "", by: dict[str, list[Step]] | None = None, **config: t.Any
     ) -> Web:
-        agents = scripted(*(steps or (say("he", "llo"),)), **(by or {}))
+        agents = scripted(*(steps or (say("he", "llo"),)), by=by)
         app = Flask("host")
         app.config.update(
             AGENTAO_ROOT=tmp_path / f"root{len(made)}",

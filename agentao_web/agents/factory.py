@@ -148,9 +148,14 @@ def _model(environ: cabc.Mapping[str, str]) -> dict[str, t.Any]:
         found = discover_llm_kwargs(env=environ)
     except ValueError as exc:
         raise RuntimeError(f"{exc} {_CURE}") from None
-    missing = [name for name in ("api_key", "base_url", "model") if not found.get(name)]
+    provider = environ.get("LLM_PROVIDER", "OPENAI").strip().upper() or "OPENAI"
+    missing = [
+        f"{provider}_{name.upper()}"
+        for name in ("api_key", "base_url", "model")
+        if not found.get(name)
+    ]
     if missing:
-        raise RuntimeError(f"no {' and no '.join(missing)} of a model is set. {_CURE}")
+        raise RuntimeError(f"no model: {', '.join(missing)} not set. {_CURE}")
     return dict(found)
 
 
