@@ -58,7 +58,10 @@ class Tokens:
 
 def bearer(request: Request) -> str | None:
     """The token of ``Authorization: Bearer …`` (RFC 6750, 2.1), or None."""
-    auth = request.authorization
+    try:
+        auth = request.authorization
+    except ValueError:
+        return None  # Werkzeug chokes on what is no Basic.
     if auth is None or auth.type != "bearer":
         return None
     return auth.token or None

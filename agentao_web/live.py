@@ -49,6 +49,8 @@ class LiveTurn:
         "left_at",
         "closing",
         "abandoned",
+        "accepted",
+        "refused",
         "_callbacks",
     )
 
@@ -67,6 +69,10 @@ class LiveTurn:
         """Its outcome is settled: nothing it says any more is heard."""
         self.abandoned = False
         """It was given up: its thread is still alive somewhere."""
+        self.accepted = threading.Event()
+        """The store has said whether it takes a queued turn: nobody claims for it before."""
+        self.refused = False
+        """The store did not take it: it ends as if it had never been."""
         self._callbacks: list[Callback] | None = []
 
 
@@ -108,7 +114,7 @@ class Live:
     @property
     def idle(self) -> bool:
         """Whether nobody runs, waits or reads here."""
-        return self._current is None and not self._queue and not self._readers
+        return not (self._current or self._queue or self._readers or self.deleting)
 
     @property
     def head(self) -> int:
@@ -169,10 +175,15 @@ class Live:
             return live, self._current
 
     def withdraw(self, live: LiveTurn) -> LiveTurn | None:
-        """*live* could not be claimed: as if it had never been. Returns the next in its place."""
+        """*live* was not taken: as if it had never been. Returns the next in its place."""
         with self._cond:
             live.closing = True
             return self._follow(live)
+
+    def waits(self, live: LiveTurn) -> bool:
+        """Whether *live* is in the queue still."""
+        with self._cond:
+            return live in self._queue
 
     def announce(self, live: LiveTurn) -> bool:
         """Publish that *live* is queued, unless the running turn is just ending."""
@@ -191,6 +202,8 @@ class Live:
         If it was told to stop while it waited, its callbacks come back to be called.
         """
         with self._cond:
+            if live.closing:
+                raise Draining  # Ended while it was being claimed.
             live.claim = claim
             opening = t.cast(int, claim.opening.seq)
             if self._stored != self._log.head:

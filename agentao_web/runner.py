@@ -16,6 +16,7 @@ from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
+from agentao_web.core.transcript import Transcript
 from agentao_web.core.transcript import lost_note
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
@@ -230,10 +231,15 @@ class Runner:
                 continue
             self._books.leave(turn)
             self.writer.note(live, urgent=True)
-            try:
-                self._store.dequeue(live.key, turn.turn.id, turn.outcome)
-            except StoreUnavailable:
-                self._log.warning("turn %s: its row outlives it for now", turn.turn.id)
+            if turn.accepted.is_set():
+                self.dequeue(live, turn)
+
+    def dequeue(self, live: Live, turn: LiveTurn) -> None:
+        """Remove the row of a queued turn that ended without having begun."""
+        try:
+            self._store.dequeue(live.key, turn.turn.id, t.cast(Outcome, turn.outcome))
+        except StoreUnavailable:
+            self._log.warning("turn %s: its row outlives it for now", turn.turn.id)
 
     def give_up(self, live: Live, turn: LiveTurn) -> int:
         """*turn* does not end: close its log, retire its agent, count its thread.
@@ -279,6 +285,8 @@ class Runner:
 
     def _run(self, live: Live, turn: LiveTurn) -> LiveTurn | None:
         agent: Agent | None = None
+        if turn.claim is None and self._refused(turn):
+            return self._withdrawn(live, turn)
         try:
             if turn.claim is None:
                 self.claim(live, turn)
@@ -300,6 +308,16 @@ class Runner:
                 self.close_agent(agent)
                 agent = None
         return self._conclude(live, turn, outcome, agent)
+
+    def _refused(self, turn: LiveTurn) -> bool:
+        """Whether the store, asked by the thread that accepts *turn*, did not take it."""
+        return not turn.accepted.wait(COMMIT_TIMEOUT) or turn.refused
+
+    def _withdrawn(self, live: Live, turn: LiveTurn) -> LiveTurn | None:
+        self._books.slot(-1)
+        following = live.withdraw(turn)
+        self._books.leave(turn)
+        return following
 
     def _agent(self, live: Live, turn: LiveTurn) -> Agent:
         if live.agent is None:
@@ -375,6 +393,8 @@ class Runner:
         transcript = turn.transcript.closed(outcome.status.value)
         finish = Finish([final], outcome, transcript, appended, rewritten, final.ts)
         self.writer.finish(live, finish, timeout=COMMIT_TIMEOUT)
+        # All it said is in the store now, and a reader may hold on to the turn.
+        turn.transcript = Transcript()
         return final
 
     def _terminal(self, turn: LiveTurn, outcome: Outcome) -> Draft:

@@ -115,6 +115,7 @@ class SessionPool:
             store, self._writer, agents, self._books, clock=self.clock, log=self._log
         )
         self._draining = False
+        self._until = float("inf")
         self._closed = threading.Event()
         self._nudge = threading.Event()
         self._janitor: threading.Thread | None = None
@@ -134,18 +135,12 @@ class SessionPool:
 
     def find(self, key: SessionKey) -> Live:
         """The session, brought back into memory if need be; NotFound if there is none."""
-        live = self.peek(key)
-        if live is None:
-            if self._closed.is_set():
-                raise Draining
-            row = self.store.session(key)
-            if row is None or row.deleting:
-                raise NotFound("no such session")
-            live = self._open(key, row.head)
-        if live.head == 0:
-            # Its first turn is being claimed just now.
+        if self._closed.is_set():
+            raise Draining
+        row = self.store.session(key)
+        if row is None or row.deleting:
             raise NotFound("no such session")
-        return live
+        return self.peek(key) or self._open(key, row.head)
 
     def peek(self, key: SessionKey) -> Live | None:
         """The session if it is in memory."""
@@ -181,8 +176,12 @@ class SessionPool:
             else:
                 self.store.enqueue(key, self._runner.row(admitted))
         except BaseException:
-            self._take_back(live, admitted, slot=holder is None)
+            self._take_back(live, admitted, runs=holder is None)
             raise
+        admitted.accepted.set()
+        if admitted.outcome is not None:
+            # Stopped before it had a row.
+            self._runner.dequeue(live, admitted)
         if holder is None:
             self._runner.start(live, admitted)
         else:
@@ -218,13 +217,17 @@ class SessionPool:
             if mine >= cap:
                 raise TooManyTurns("this tenant runs as many turns as it may")
 
-    def _take_back(self, live: Live, turn: LiveTurn, *, slot: bool) -> None:
+    def _take_back(self, live: Live, turn: LiveTurn, *, runs: bool) -> None:
         """The store refused *turn*: as if it had never been admitted."""
-        if slot:
-            self._books.slot(-1)
-        following = live.withdraw(turn)
-        self._books.leave(turn)
-        self._runner.go_on(live, following)
+        turn.refused = True
+        if runs or live.waits(turn):
+            if runs:
+                self._books.slot(-1)
+            following = live.withdraw(turn)
+            self._books.leave(turn)
+            self._runner.go_on(live, following)
+        # Otherwise its time has come already, and its thread does the same.
+        turn.accepted.set()
         with self._lock:
             if live.head == 0 and self._map.get(live.key) is live and live.close():
                 del self._map[live.key]
@@ -234,7 +237,7 @@ class SessionPool:
         return row.head if row is not None else 0
 
     def _open(self, key: SessionKey, head: int) -> Live:
-        fresh = Live(key, head=head, log_bytes=self._caps.log_bytes, clock=self.clock)
+        fresh = self._fresh(key, head)
         with self._lock:
             if self._closed.is_set():
                 raise Draining
@@ -245,6 +248,9 @@ class SessionPool:
                 raise TooManySessions("every session of this worker is in use")
         self._retire(out)
         return live
+
+    def _fresh(self, key: SessionKey, head: int) -> Live:
+        return Live(key, head=head, log_bytes=self._caps.log_bytes, clock=self.clock)
 
     # -- stopping ------------------------------------------------------------------------------
 
@@ -261,8 +267,12 @@ class SessionPool:
         self._wake_up()
         if not self.store.tombstone(key):
             return True
-        live = self.peek(key) or self._open(key, self._head(key))
-        live.deleting = True
+        with self._lock:
+            live = self._map.get(key)
+            if live is None:
+                # Not in memory: this one takes nobody's place, and goes in a moment.
+                live = self._map[key] = self._fresh(key, 0)
+            live.deleting = True
         self._runner.stop_all(live, "session_deleted")
         ended = self._books.wait_quiet(lambda: not live.turns(), time.monotonic() + timeout)
         if ended:
@@ -276,9 +286,10 @@ class SessionPool:
             del self._map[live.key]
         draft = terminal(Outcome(State.CANCELLED, "session_deleted"), duration_ms=0)
         live.bury(Event(None, None, draft.type, draft.data, self.clock(), draft.extra))
-        self._runner.drop_agent(live)
-        self.store.delete(live.key)
+        self._aside(functools.partial(self._runner.drop_agent, live))
+        # The folder goes while the tombstone stands: no new session can find it going away.
         self._agents.forget(live.key)
+        self.store.delete(live.key)
 
     # -- time ----------------------------------------------------------------------------------
 
@@ -375,12 +386,14 @@ class SessionPool:
         """Take no more turns, end those there are within *grace* seconds, close everything.
 
         Queued turns end at once, running ones are stopped a little before the grace is over and
-        given up at its end. Harmless twice; a second call waits for the first.
+        given up at its end. Harmless twice; a second call hurries the first, and waits for it.
         """
         grace = self._caps.drain_grace if grace is None else grace
         start = time.monotonic()
         with self._lock:
             first, self._draining = not self._draining, True
+            # Whoever is in the greatest hurry decides for all.
+            self._until = min(self._until, start + grace)
         if not first:
             self._closed.wait(grace + COMMIT_TIMEOUT)
             return
@@ -388,18 +401,22 @@ class SessionPool:
         for turn, live in self._books.running():
             if turn.claim is None:
                 self._runner.stop(live, turn, "server_shutdown")
-        stopping = max(grace / 2, grace - self._caps.stop_grace)
-        self._wait_quiet(start + stopping)
+        self._wait_quiet(lambda: self._until - min(grace / 2, self._caps.stop_grace))
         for turn, live in self._books.running():
             self._runner.stop(live, turn, "server_shutdown")
-        self._wait_quiet(start + grace)
+        self._wait_quiet(lambda: self._until)
         for turn, live in self._books.running():
-            self._runner.give_up(live, turn)
-        self._wait_readers(start + grace + _FAREWELL)
+            if turn.claim is not None:
+                self._runner.give_up(live, turn)
+        self._wait_readers(min(self._until, time.monotonic()) + _FAREWELL)
         self.close()
 
-    def _wait_quiet(self, until: float) -> None:
-        self._books.wait_quiet(lambda: not self._books.turns, until)
+    def _wait_quiet(self, until: cabc.Callable[[], float]) -> None:
+        """Until no turn is left or the time is up, which a hastier drain may have moved."""
+        while self._books.turns and time.monotonic() < until():
+            self._books.wait_quiet(
+                lambda: not self._books.turns, min(until(), time.monotonic() + _TICK)
+            )
 
     def _wait_readers(self, until: float) -> None:
         """Let streams send what they have; the store is still there to ask."""

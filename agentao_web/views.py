@@ -75,6 +75,8 @@ class Parts:
     watcher: Watcher
     own_login: bool = False
     """Requests are identified by the host, not by tokens of ours."""
+    warm: cabc.Callable[[], None] = lambda: None
+    """Loads what the first turn would load."""
 
 
 ROUTES: list[openapi.Route] = []
@@ -115,6 +117,8 @@ def _guarded(entry: openapi.Route) -> View:
     def view(**arguments: str) -> t.Any:
         parts: Parts = current_app.extensions["agentao_web"]
         request.max_content_length = parts.settings.max_body
+        if (sock := _socket()) is not None:
+            sock.settimeout(parts.settings.send_timeout)
         if entry.public:
             return entry.view(parts)
         principal = identify(request, parts.authenticate)
@@ -150,7 +154,7 @@ def start_turn(parts: Parts, key: SessionKey) -> Response:
     streams = _wants_stream(default=True)
     if request.mimetype != "application/json":
         raise UnsupportedMediaType
-    asked = requests.turn_request(request.get_data(), parts.settings, streams=streams)
+    asked = requests.turn_request(_body(), parts.settings, streams=streams)
     started = parts.pool.start(key, asked)
     if streams:
         return _stream(_reader(parts, started.live, started.cursor, started.turn), lease=None)
@@ -198,7 +202,10 @@ def events(parts: Parts, key: SessionKey) -> Response:
     reader = _reader(parts, live, after)
     seconds = _WAIT if wait is None else wait
     found = poll(reader, wait=seconds, limit=limit or _LIMIT, max_bytes=_MAX_BYTES)
-    return jsonify(native.page(found, reader.cursor or 0, live.state()))
+    state = live.state()
+    if state == "idle" and not reader.caught_up:
+        state = "running"
+    return jsonify(native.page(found, reader.cursor or 0, state))
 
 
 def _follow(parts: Parts, key: SessionKey, after: int | None, *, follow: bool) -> Response:
@@ -294,6 +301,22 @@ def readyz(parts: Parts) -> Response:
 def openapi_json(parts: Parts) -> Response:
     prefix = url_for(".openapi_json").removesuffix("/openapi.json")
     return jsonify(openapi.document(ROUTES, prefix or "/"))
+
+
+def _body() -> bytes:
+    """The request's body; PayloadTooLarge, or InvalidRequest for one that breaks off."""
+    try:
+        body = request.get_data()
+    except HTTPException:
+        raise
+    except Exception as exc:
+        # The server's own words for bad chunks, and for a client that is too slow or gone.
+        raise InvalidRequest("the body cannot be read", field="body") from exc
+    limit = request.max_content_length
+    if request.content_length is None and limit is not None and len(body) >= limit:
+        # Werkzeug cuts a chunked body at the limit without a word.
+        raise PayloadTooLarge(limit=limit)
+    return body
 
 
 # -- what they share ---------------------------------------------------------------------------

@@ -102,6 +102,12 @@ class AgentaoAgents:
         steps = self._options.max_steps
         return AgentaoAgent(agent, bridge, max_steps=steps, close=close, log=self._log)
 
+    def warm(self) -> None:
+        """Load what the first agent would load: the SDK, which takes most of a second."""
+        guards.install()
+        if self._llm:
+            self._pool().client(logger=self._log, **self._llm)
+
     def forget(self, key: SessionKey) -> None:
         self.workspaces.forget(key)
 
@@ -133,6 +139,7 @@ class AgentaoAgents:
         """The shared HTTP pool, opened in the worker and not before the fork."""
         with self._lock:
             if self._models is None:
+                guards.quicken()
                 options = self._options
                 self._models = ModelPool(
                     read_timeout=options.llm_read_timeout,

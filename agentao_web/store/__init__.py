@@ -101,7 +101,10 @@ class Store(t.Protocol):
         """
 
     def enqueue(self, key: SessionKey, turn: TurnRow) -> None:
-        """Commit a turn that waits for the running one."""
+        """Commit a turn that waits for the running one, in a new session if that is not yet there.
+
+        Raises SessionBusy for a session being deleted, and TooManySessions.
+        """
 
     def dequeue(self, key: SessionKey, turn_id: str, outcome: Outcome) -> None:
         """A queued turn ended without having begun."""

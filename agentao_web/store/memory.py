@@ -90,7 +90,7 @@ class MemoryStore:
 
     def enqueue(self, key: SessionKey, turn: TurnRow) -> None:
         with self._lock:
-            record = self._known(key)
+            record = self._records.get(key) or self._create(key, turn, turn.created)
             if record.row.deleting:
                 raise SessionBusy("this session is being deleted", reason="deleting")
             record.turns[turn.id] = "queued"

@@ -287,6 +287,11 @@ def test_a_queued_turn_may_end_without_having_begun(store: Store) -> None:
     assert session is not None and session.turns == 1
 
 
+def test_a_turn_may_be_queued_before_the_first_claim_is_through(store: Store) -> None:
+    store.enqueue(KEY, row("t2"))
+    assert claim(store, "t2").turn_id == "t2"
+
+
 # -- deletion ----------------------------------------------------------------------------------
 
 
@@ -313,7 +318,6 @@ def test_delete_removes_every_row_and_is_harmless_twice(store: Store) -> None:
     for ask in (
         lambda: log(store),
         lambda: store.transcript(KEY, before=None, after=None, limit=5),
-        lambda: store.enqueue(KEY, row("t9")),
     ):
         with pytest.raises(NotFound):
             ask()
