@@ -65,7 +65,10 @@ class Tokens:
 
 def bearer(request: Request) -> str | None:
     """The token of ``Authorization: Bearer …`` (RFC 6750, 2.1), or None."""
-    auth = request.authorization
+    try:
+        auth = request.authorization
+    except ValueError:
+        return None  # Werkzeug chokes on what is no Basic.
     if auth is None or auth.type != "bearer":
         return None
     return auth.token or None
@@ -146,4 +149,7 @@ def _refuse_other_sites(request: Request) -> None:
         # Behind a proxy that ends TLS the scheme may differ; the host does not.
         same = origin is not None and origin.partition("://")[2] == request.host
     if not same:
-        raise Forbidden("a request without a bearer token has to come from this site's own pages")
+        raise Forbidden(
+            "a request without a bearer token has to come from this site's own pages: "
+            "send Origin, or Sec-Fetch-Site: same-origin"
+        )

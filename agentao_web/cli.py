@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 from flask import current_app
+from flask import has_app_context
 from flask.cli import with_appcontext
 
 from agentao_web.agents.workspaces import Workspaces
@@ -25,6 +26,7 @@ from agentao_web.config import from_environment
 from agentao_web.core.errors import WebError
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
+from agentao_web.extension import create_app
 from agentao_web.extension import open_store
 from agentao_web.store import SessionRow
 from agentao_web.store import Store
@@ -35,11 +37,19 @@ Read = t.Callable[[], Settings]
 
 
 def _environment() -> Settings:
-    return Settings.from_mapping(from_environment())
+    try:
+        return Settings.from_mapping(from_environment())
+    except RuntimeError as exc:
+        raise click.ClickException(str(exc)) from None
 
 
 def _application() -> Settings:
-    return Settings.from_mapping(current_app.config)
+    """The host's settings; its own login, if it has one, issues no tokens of ours."""
+    parts = current_app.extensions.get("agentao_web")
+    if parts is None:
+        raise click.ClickException("this application has no agentao-web; call init_app first")
+    settings: Settings = parts.settings
+    return settings
 
 
 def _principal(tenant: str, user: str) -> Principal:
@@ -50,7 +60,10 @@ def _principal(tenant: str, user: str) -> Principal:
 
 
 def _token(read: Read, tenant: str, user: str, ttl: int) -> None:
-    keys = read().secret_keys
+    settings = read()
+    if has_app_context() and current_app.extensions["agentao_web"].own_login:
+        raise click.ClickException("this application has a login of its own, and takes no tokens")
+    keys = settings.secret_keys
     if not keys:
         raise click.ClickException("set AGENTAO_SECRET_KEYS to what the server has")
     click.echo(Tokens(keys).issue(_principal(tenant, user), ttl=ttl))
@@ -60,6 +73,8 @@ def _workspace(read: Read, tenant: str, user: str, session: str) -> None:
     settings = read()
     if settings.workspace == "session" and not session:
         raise click.UsageError("AGENTAO_WORKSPACE=session: say which --session")
+    if settings.root == Settings.from_mapping({}).root:
+        click.echo("AGENTAO_ROOT is not set: this is below the current folder.", err=True)
     key = SessionKey(*_names(tenant, user), session)
     click.echo(Workspaces(settings.root, settings.workspace).make(key))
 
@@ -300,6 +315,11 @@ def serve(demo: bool, bind: str) -> None:
         os.environ["AGENTAO_SECRET_KEYS"] = secrets.token_urlsafe(32)
         settings = _environment()
         click.echo("No AGENTAO_SECRET_KEYS: a random one for this run.")
+    try:
+        # What is wrong is said here in one sentence, not by a worker that cannot boot.
+        create_app()
+    except RuntimeError as exc:
+        raise click.ClickException(str(exc)) from None
     _greet(settings, bind)
     command = [sys.executable, "-m", "gunicorn", "-c", "python:agentao_web.workers"]
     os.execv(sys.executable, [*command, "--bind", bind, "agentao_web.extension:create_app()"])
@@ -311,11 +331,13 @@ def _greet(settings: Settings, bind: str) -> None:
     if not settings.demo:
         bearer = Tokens(settings.secret_keys).issue(principal, ttl=_DAY)
     model = "the demo model, offline" if settings.demo else "your model"
+    message = "help" if settings.demo else "hello"
     spaces = Workspaces(settings.root, settings.workspace)
     url = f"http://{bind}"
     click.echo(f"agentao-web on {url}, answering through {model}. Try:\n")
     click.echo(f"  curl -N {url}/chat/hello -H 'Authorization: Bearer {bearer}' \\")
-    click.echo("       -H 'Content-Type: application/json' -d '{\"message\": \"help\"}'\n")
+    body = json.dumps({"message": message})
+    click.echo(f"       -H 'Content-Type: application/json' -d '{body}'\n")
     if settings.workspace != "session":
         folder = spaces.make(SessionKey(principal.tenant, principal.user, ""))
         click.echo(f"The agent reads files in {folder}")

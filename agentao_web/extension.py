@@ -65,6 +65,8 @@ class AgentaoWeb:
             authenticate=self._authenticate or _by_token(settings, store),
             pool=SessionPool(store, agents, settings, log=log),
             watcher=Watcher(),
+            own_login=self._authenticate is not None,
+            warm=agents.warm,
         )
         prefix = url_prefix.rstrip("/")
         app.register_blueprint(views.blueprint(), url_prefix=prefix or None)
@@ -128,6 +130,12 @@ def pool_of(app: Flask) -> SessionPool:
 def apps() -> list[Flask]:
     """Every application of this process that has an agentao-web."""
     return list(_apps)
+
+
+def warm(app: Flask) -> None:
+    """Load what the first turn would load. Call it in the worker, before it serves."""
+    parts: views.Parts = app.extensions[_KEY]
+    parts.warm()
 
 
 def shutdown(app: Flask, grace: float | None = None) -> None:

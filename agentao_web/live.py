@@ -51,6 +51,8 @@ class LiveTurn:
         "closing",
         "abandoned",
         "kept",
+        "accepted",
+        "refused",
         "_callbacks",
     )
 
@@ -71,6 +73,10 @@ class LiveTurn:
         """It was given up: its thread is still alive somewhere."""
         self.kept = False
         """Somebody reads it on another worker, so our readers decide nothing."""
+        self.accepted = threading.Event()
+        """The store has said whether it takes a queued turn: nobody claims for it before."""
+        self.refused = False
+        """The store did not take it: it ends as if it had never been."""
         self._callbacks: list[Callback] | None = []
 
 
@@ -117,7 +123,7 @@ class Live:
     @property
     def idle(self) -> bool:
         """Whether nobody runs, waits or reads here."""
-        return self._current is None and not self._queue and not self._readers
+        return not (self._current or self._queue or self._readers or self.deleting)
 
     @property
     def head(self) -> int:
@@ -186,7 +192,8 @@ class Live:
             on_busy = turn.request.on_busy
             if on_busy == "reject":
                 raise SessionBusy(
-                    "this session is already answering", turn_id=self._current.turn.id
+                    "this session is already answering; cancel that turn, or send on_busy",
+                    turn_id=self._current.turn.id,
                 )
             if len(self._queue) >= max_queue:
                 raise TooManyTurns("the queue of this session is full", queued=len(self._queue))
@@ -197,10 +204,15 @@ class Live:
             return live, self._current
 
     def withdraw(self, live: LiveTurn) -> LiveTurn | None:
-        """*live* could not be claimed: as if it had never been. Returns the next in its place."""
+        """*live* was not taken: as if it had never been. Returns the next in its place."""
         with self._cond:
             live.closing = True
             return self._follow(live)
+
+    def waits(self, live: LiveTurn) -> bool:
+        """Whether *live* is in the queue still."""
+        with self._cond:
+            return live in self._queue
 
     def announce(self, live: LiveTurn) -> bool:
         """Publish that *live* is queued, unless the running turn is just ending."""
@@ -219,6 +231,8 @@ class Live:
         If it was told to stop while it waited, its callbacks come back to be called.
         """
         with self._cond:
+            if live.closing:
+                raise Draining  # Ended while it was being claimed.
             live.claim = claim
             opening = t.cast(int, claim.opening.seq)
             if self._stored != self._log.head or claim.head != self._log.head:

@@ -7,6 +7,7 @@ One watcher thread sees clients that close, even while nothing is being sent to 
 from __future__ import annotations
 
 import collections.abc as cabc
+import dataclasses
 import os
 import random
 import select
@@ -15,14 +16,17 @@ import threading
 import types
 import typing as t
 
+from agentao_web.core.errors import NotFound
 from agentao_web.core.log import Event
+from agentao_web.core.log import Slice
 from agentao_web.core.log import joined
 from agentao_web.live import Live
 from agentao_web.live import LiveTurn
 from agentao_web.store import Store
 
 #: How much a stream takes from the log at once: events, bytes.
-_BATCH, _BATCH_BYTES = 500, 2**20
+#: A write of that size has to get through within SEND_TIMEOUT, so it is not a large one.
+_BATCH, _BATCH_BYTES = 500, 2**16
 _CLOSED: t.Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
@@ -76,26 +80,32 @@ class Reader:
     ) -> None:
         if self._watcher is not None and self._sock is not None:
             self._watcher.forget(self._sock)
-        # A failed write closes the generator: the client is gone, whoever noticed first.
-        gone = self.left or exc_type is GeneratorExit
+        # A failed write closes the generator: either the client is gone, or it took nothing for
+        # so long that we dropped it, which is no wish of its own to stop the turn.
+        gone = self.left or (exc_type is GeneratorExit and self._hung_up())
         self.live.detach(self, left=gone and not self.told)
 
     @property
     def over(self) -> bool:
         """Whether nothing more is to be sent: the client left, was told the end, or we close."""
-        return self.left or self.told or self._dismissed()
+        if self.left or self.told or self._dismissed():
+            return True
+        # Evicted before this reader came in: nothing is written here any more.
+        live = self.live
+        final = self.turn.final if self.turn is not None else None
+        return live.closed and live.farewell is None and final is None
 
     @property
     def caught_up(self) -> bool:
         """Whether the session is idle and this reader has everything."""
-        return self.cursor == self.live.head and self.live.state() == "idle"
+        return self.live.state() == "idle" and self.cursor == self.live.head
 
     def read(self, *, limit: int, max_bytes: int) -> list[Event]:
         """What there is after the cursor, text joined, and move the cursor past it.
 
         An empty list means nothing for this reader yet; see ``told`` and ``over``.
         """
-        if self.live.farewell is not None:
+        if self.turn is None and self.live.farewell is not None:
             return self._tell(self.live.farewell)
         unstored = self.turn.final if self.turn is not None else None
         events = self._advance(limit, max_bytes)
@@ -109,6 +119,8 @@ class Reader:
                 events += self._tell(unstored)
         elif not events and self.turn_id is not None and not self.told:
             self._look_for_the_end()
+        if events and events[0].type == "gap":
+            events[0] = dataclasses.replace(events[0], ts=self.live.clock())
         return joined(events)
 
     def _look_for_the_end(self) -> None:
@@ -134,9 +146,17 @@ class Reader:
         if cursor is not None:
             part = self.live.take(cursor, limit=limit, max_bytes=max_bytes)
         if part is None:
-            part = self._store.events(self.live.key, cursor, limit=limit, max_bytes=max_bytes)
+            try:
+                part = self._store.events(self.live.key, cursor, limit=limit, max_bytes=max_bytes)
+            except NotFound:
+                # Deleted under this reader; what it is told of that is no part of the log.
+                self.told = self.turn is None
+                part = Slice([], self.live.head)
         self.cursor = part.cursor
         return part.events
+
+    def _hung_up(self) -> bool:
+        return self._sock is None or self._sock.fileno() < 0 or _is_closed(self._sock.fileno())
 
     def _on_close(self) -> None:
         self.left = True

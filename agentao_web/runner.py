@@ -265,13 +265,15 @@ class Runner:
             if turn.outcome is not None:
                 self._books.leave(turn)
                 self.writer.note(live, urgent=True)
-                self._dequeue(live, turn)
+                if turn.accepted.is_set():
+                    self.dequeue(live, turn)
             elif self._books.unpark(turn):
                 # It waits for another worker, so nobody of ours would end it.
                 outcome = Outcome(State.CANCELLED, turn.turn.stop_reason)
                 self.go_on(live, self._conclude(live, turn, outcome, None))
 
-    def _dequeue(self, live: Live, turn: LiveTurn) -> None:
+    def dequeue(self, live: Live, turn: LiveTurn) -> None:
+        """Remove the row of a queued turn that ended without having begun."""
         try:
             self._store.dequeue(live.key, turn.turn.id)
         except StoreUnavailable:
@@ -357,6 +359,8 @@ class Runner:
 
     def _run(self, live: Live, turn: LiveTurn) -> LiveTurn | None:
         agent: Agent | None = None
+        if turn.claim is None and self._refused(turn):
+            return self._withdrawn(live, turn)
         try:
             if turn.claim is None and not self._claimed(live, turn):
                 return None
@@ -392,6 +396,16 @@ class Runner:
                 self.swept(live, [turn])
             return False
         return True
+
+    def _refused(self, turn: LiveTurn) -> bool:
+        """Whether the store, asked by the thread that accepts *turn*, did not take it."""
+        return not turn.accepted.wait(COMMIT_TIMEOUT) or turn.refused
+
+    def _withdrawn(self, live: Live, turn: LiveTurn) -> LiveTurn | None:
+        self._books.slot(-1)
+        following = live.withdraw(turn)
+        self._books.leave(turn)
+        return following
 
     def _agent(self, live: Live, turn: LiveTurn) -> Agent:
         if live.agent is None:
@@ -437,7 +451,7 @@ class Runner:
     ) -> LiveTurn | None:
         """The terminal transaction, then the terminal event."""
         if turn.claim is None:
-            self._dequeue(live, turn)
+            self.dequeue(live, turn)
             return self._show(live, turn, outcome, None)
         final: Event | None
         try:
@@ -465,6 +479,8 @@ class Runner:
         transcript = turn.transcript.closed(outcome.status.value)
         finish = Finish([final], outcome, transcript, appended, rewritten, final.ts)
         self.writer.finish(live, finish, timeout=COMMIT_TIMEOUT)
+        # All it said is in the store now, and a reader may hold on to the turn.
+        turn.transcript = Transcript()
         return final
 
     def _terminal(self, turn: LiveTurn, outcome: Outcome) -> Draft:

@@ -125,6 +125,7 @@ class SessionPool:
             store, self._writer, agents, self._books, clock=self.clock, log=self._log
         )
         self._draining = False
+        self._until = float("inf")
         self._closed = threading.Event()
         self._nudge = threading.Event()
         self._janitor: threading.Thread | None = None
@@ -213,10 +214,14 @@ class SessionPool:
         try:
             runs = holder is None and self._claim_or_queue(live, admitted)
             if holder is not None:
-                self._enqueue(live, admitted)
+                self._enqueue_behind(live, admitted, holder)
         except BaseException:
-            self._take_back(live, admitted, slot=holder is None)
+            self._take_back(live, admitted, runs=holder is None)
             raise
+        admitted.accepted.set()
+        if admitted.outcome is not None:
+            # Stopped before it had a row.
+            self._runner.dequeue(live, admitted)
         if runs:
             self._runner.start(live, admitted)
         elif holder is None:
@@ -239,6 +244,14 @@ class SessionPool:
             self._enqueue(live, turn)
             return False
 
+    def _enqueue_behind(self, live: Live, turn: LiveTurn, holder: LiveTurn) -> None:
+        # The first turn of a session may still be on its way into the store.
+        holder.accepted.wait(COMMIT_TIMEOUT)
+        try:
+            self._enqueue(live, turn)
+        except NotFound:
+            raise SessionBusy("the turn before was not taken; try again") from None
+
     def _enqueue(self, live: Live, turn: LiveTurn) -> None:
         self.store.enqueue(
             live.key,
@@ -260,6 +273,11 @@ class SessionPool:
         """The turn that was accepted with the same Idempotency-Key, if there is one."""
         if request.use is None:
             return None
+        live = self.peek(key)
+        for turn in live.turns() if live is not None else ():
+            if turn.turn.request.use == request.use:
+                # Perhaps on its way into the store at this very moment.
+                turn.accepted.wait(COMMIT_TIMEOUT)
         turn_id = self.store.accepted(key, KeyUse(*request.use))
         return None if turn_id is None else self._join(key, turn_id)
 
@@ -303,13 +321,17 @@ class SessionPool:
             if mine >= cap:
                 raise TooManyTurns("this tenant runs as many turns as it may")
 
-    def _take_back(self, live: Live, turn: LiveTurn, *, slot: bool) -> None:
+    def _take_back(self, live: Live, turn: LiveTurn, *, runs: bool) -> None:
         """The store refused *turn*: as if it had never been admitted."""
-        if slot:
-            self._books.slot(-1)
-        following = live.withdraw(turn)
-        self._books.leave(turn)
-        self._runner.go_on(live, following)
+        turn.refused = True
+        if runs or live.waits(turn):
+            if runs:
+                self._books.slot(-1)
+            following = live.withdraw(turn)
+            self._books.leave(turn)
+            self._runner.go_on(live, following)
+        # Otherwise its time has come already, and its thread does the same.
+        turn.accepted.set()
         with self._lock:
             if live.head == 0 and self._map.get(live.key) is live and live.close():
                 del self._map[live.key]
@@ -319,7 +341,7 @@ class SessionPool:
         return row.head if row is not None else 0
 
     def _open(self, key: SessionKey, head: int) -> Live:
-        fresh = Live(key, head=head, log_bytes=self._caps.log_bytes, clock=self.clock)
+        fresh = self._fresh(key, head)
         with self._lock:
             if self._closed.is_set():
                 raise Draining
@@ -334,6 +356,9 @@ class SessionPool:
     def read_here(self, live: Live) -> None:
         """A client begins to read a session that another worker may be running."""
         self._peers.read_here(live)
+
+    def _fresh(self, key: SessionKey, head: int) -> Live:
+        return Live(key, head=head, log_bytes=self._caps.log_bytes, clock=self.clock)
 
     # -- stopping ------------------------------------------------------------------------------
 
@@ -352,9 +377,13 @@ class SessionPool:
         self._wake_up()
         if not self.store.tombstone(key):
             return True
-        live = self.peek(key) or self._open(key, self._head(key))
-        live.deleting = True
         until = time.monotonic() + timeout
+        with self._lock:
+            live = self._map.get(key)
+            if live is None:
+                # Not in memory: this one takes nobody's place, and goes in a moment.
+                live = self._map[key] = self._fresh(key, 0)
+            live.deleting = True
         self._runner.stop_all(live, "session_deleted")
         self.store.signal(key, "session_deleted", but=self._runner.worker)
         ended = self._books.wait_quiet(lambda: not live.turns(), until)
@@ -391,7 +420,7 @@ class SessionPool:
         """Tell whoever reads a session that it is gone."""
         draft = terminal(Outcome(State.CANCELLED, "session_deleted"), duration_ms=0)
         live.bury(Event(None, None, draft.type, draft.data, self.clock(), draft.extra))
-        self._runner.drop_agent(live)
+        self._aside(functools.partial(self._runner.drop_agent, live))
 
     # -- time ----------------------------------------------------------------------------------
 
@@ -488,12 +517,14 @@ class SessionPool:
         """Take no more turns, end those there are within *grace* seconds, close everything.
 
         Queued turns end at once, running ones are stopped a little before the grace is over and
-        given up at its end. Harmless twice; a second call waits for the first.
+        given up at its end. Harmless twice; a second call hurries the first, and waits for it.
         """
         grace = self._caps.drain_grace if grace is None else grace
         start = time.monotonic()
         with self._lock:
             first, self._draining = not self._draining, True
+            # Whoever is in the greatest hurry decides for all.
+            self._until = min(self._until, start + grace)
         if not first:
             self._closed.wait(grace + COMMIT_TIMEOUT)
             return
@@ -501,18 +532,22 @@ class SessionPool:
         for turn, live in self._books.running():
             if turn.claim is None:
                 self._runner.stop(live, turn, "server_shutdown")
-        stopping = max(grace / 2, grace - self._caps.stop_grace)
-        self._wait_quiet(start + stopping)
+        self._wait_quiet(lambda: self._until - min(grace / 2, self._caps.stop_grace))
         for turn, live in self._books.running():
             self._runner.stop(live, turn, "server_shutdown")
-        self._wait_quiet(start + grace)
+        self._wait_quiet(lambda: self._until)
         for turn, live in self._books.running():
-            self._runner.give_up(live, turn)
-        self._wait_readers(start + grace + _FAREWELL)
+            if turn.claim is not None:
+                self._runner.give_up(live, turn)
+        self._wait_readers(min(self._until, time.monotonic()) + _FAREWELL)
         self.close()
 
-    def _wait_quiet(self, until: float) -> None:
-        self._books.wait_quiet(lambda: not self._books.turns, until)
+    def _wait_quiet(self, until: cabc.Callable[[], float]) -> None:
+        """Until no turn is left or the time is up, which a hastier drain may have moved."""
+        while self._books.turns and time.monotonic() < until():
+            self._books.wait_quiet(
+                lambda: not self._books.turns, min(until(), time.monotonic() + _TICK)
+            )
 
     def _wait_readers(self, until: float) -> None:
         """Let streams send what they have; the store is still there to ask."""

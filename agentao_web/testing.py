@@ -14,6 +14,20 @@ from types import SimpleNamespace
 from agentao_web.agents.factory import SessionInfo
 from agentao_web.core.names import Principal
 
+__all__ = [
+    "Gate",
+    "Scripted",
+    "ScriptedAgent",
+    "begin",
+    "crash",
+    "emit",
+    "end",
+    "pause",
+    "say",
+    "scripted",
+    "use",
+]
+
 #: How long a script waits for a gate before it gives the test up, in seconds.
 PATIENCE: t.Final = 30.0
 
@@ -106,7 +120,7 @@ def emit(kind: str, **data: t.Any) -> Step:
 
 
 @dataclasses.dataclass
-class LastTurn:
+class _LastTurn:
     """What ``agent.last_turn`` has (agentao/outcome.py)."""
 
     text: str
@@ -122,7 +136,7 @@ class ScriptedAgent:
     def __init__(self, scripts: Scripted, session: SessionInfo, transport: t.Any) -> None:
         self.messages: list[dict[str, t.Any]] = list(session.history)
         self.closed = False
-        self.last_turn: LastTurn | None = None
+        self.last_turn: _LastTurn | None = None
         self.token: t.Any = None
         self.text = ""
         self.reason: str | None = None
@@ -149,7 +163,7 @@ class ScriptedAgent:
             step(self)
         status = "cancelled" if self.token.is_cancelled else "ok"
         self.messages.append({"role": "assistant", "content": self.text})
-        self.last_turn = LastTurn(self.text, status, self.reason, self.tool_count)
+        self.last_turn = _LastTurn(self.text, status, self.reason, self.tool_count)
         return self.text
 
     def close(self) -> None:
@@ -176,6 +190,6 @@ class Scripted:
         return self._by_message.get(message, list(self._default))
 
 
-def scripted(*steps: Step, **by_message: list[Step]) -> Scripted:
-    """Agents that answer every message with *steps*, or with those named like the message."""
-    return Scripted(steps, by_message)
+def scripted(*steps: Step, by: cabc.Mapping[str, list[Step]] | None = None) -> Scripted:
+    """Agents that answer every message with *steps*, or with those *by* has for the message."""
+    return Scripted(steps, dict(by or {}))

@@ -74,6 +74,10 @@ class Parts:
     authenticate: Authenticate
     pool: SessionPool
     watcher: Watcher
+    own_login: bool = False
+    """Requests are identified by the host, not by tokens of ours."""
+    warm: cabc.Callable[[], None] = lambda: None
+    """Loads what the first turn would load."""
 
 
 ROUTES: list[openapi.Route] = []
@@ -114,6 +118,8 @@ def _guarded(entry: openapi.Route) -> View:
     def view(**arguments: str) -> t.Any:
         parts: Parts = current_app.extensions["agentao_web"]
         request.max_content_length = parts.settings.max_body
+        if (sock := _socket()) is not None:
+            sock.settimeout(parts.settings.send_timeout)
         if entry.public:
             return entry.view(parts)
         principal = identify(request, parts.authenticate)
@@ -150,10 +156,7 @@ def start_turn(parts: Parts, key: SessionKey) -> Response:
     if request.mimetype != "application/json":
         raise UnsupportedMediaType
     asked = requests.turn_request(
-        request.get_data(),
-        parts.settings,
-        streams=streams,
-        key=request.headers.get("Idempotency-Key"),
+        _body(), parts.settings, streams=streams, key=request.headers.get("Idempotency-Key")
     )
     started = parts.pool.start(key, asked)
     reader = _reader(parts, started.live, started.cursor, of=started)
@@ -203,14 +206,17 @@ def events(parts: Parts, key: SessionKey) -> Response:
     reader = _reader(parts, live, after)
     seconds = _WAIT if wait is None else wait
     found = poll(reader, wait=seconds, limit=limit or _LIMIT, max_bytes=_MAX_BYTES)
-    return jsonify(native.page(found, reader.cursor or 0, live.state()))
+    state = live.state()
+    if state == "idle" and not reader.caught_up:
+        state = "running"
+    return jsonify(native.page(found, reader.cursor or 0, state))
 
 
 def _follow(parts: Parts, key: SessionKey, after: int | None, *, follow: bool) -> Response:
     live = parts.pool.find(key)
     reader = _reader(parts, live, after)
     if reader.caught_up and not follow:
-        return Response(status=204)
+        return _nothing(204)
     return _stream(reader, lease=parts.settings.stream_lease, follow=follow)
 
 
@@ -331,6 +337,22 @@ def openapi_json(parts: Parts) -> Response:
     return jsonify(openapi.document(ROUTES, prefix or "/"))
 
 
+def _body() -> bytes:
+    """The request's body; PayloadTooLarge, or InvalidRequest for one that breaks off."""
+    try:
+        body = request.get_data()
+    except HTTPException:
+        raise
+    except Exception as exc:
+        # The server's own words for bad chunks, and for a client that is too slow or gone.
+        raise InvalidRequest("the body cannot be read", field="body") from exc
+    limit = request.max_content_length
+    if request.content_length is None and limit is not None and len(body) >= limit:
+        # Werkzeug cuts a chunked body at the limit without a word.
+        raise PayloadTooLarge(limit=limit)
+    return body
+
+
 # -- what they share ---------------------------------------------------------------------------
 
 
@@ -445,6 +467,13 @@ def _session(row: SessionRow) -> dict[str, t.Any]:
     }
 
 
+def _nothing(status: int) -> Response:
+    """An answer without a body, and so without a type of one."""
+    response = Response(status=status)
+    del response.headers["Content-Type"]
+    return response
+
+
 # -- errors ------------------------------------------------------------------------------------
 
 
@@ -492,7 +521,9 @@ def other_methods(**_: str) -> Response:
     allowed = {"OPTIONS"}.union(*(rule.methods or () for rule in rules))
     if request.method != "OPTIONS":
         raise MethodNotAllowed(allowed)
-    return Response(headers={"Allow": ", ".join(sorted(allowed))})
+    response = _nothing(200)
+    response.headers["Allow"] = ", ".join(sorted(allowed))
+    return response
 
 
 def no_such_path(**_: str) -> t.Any:

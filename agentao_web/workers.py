@@ -7,6 +7,7 @@ is ours: SIGTERM is seen through the handler we wrap, max_requests and a dead ma
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import select
@@ -27,15 +28,17 @@ threads = 128
 worker_connections = 1000
 keepalive = 75
 # Longer than a drain takes; it bounds a worker's main thread, never a stream.
-graceful_timeout = int(_settings.drain_grace) + 10
+graceful_timeout = int(_settings.drain_grace) + 10  # And the margin of _compare() below.
 timeout = graceful_timeout + 10
 # Otherwise a socket in the home directory.
 control_socket_disable = True
 
 #: How often worker.alive and the master are looked at, in seconds.
 _GLANCE: t.Final = 0.25
+#: Seconds a worker needs after its drain.
+_MARGIN: t.Final = 10
 #: Seconds turns get when the worker has to leave at once (SIGINT, SIGQUIT).
-_QUICK_GRACE: t.Final = 2.0
+_QUICK_GRACE: t.Final = 1.0
 
 
 def post_worker_init(worker: t.Any) -> None:
@@ -52,9 +55,26 @@ def post_worker_init(worker: t.Any) -> None:
     signal.siginterrupt(signal.SIGTERM, False)
     for app in extension.apps():
         extension.pool_of(app).exhausted = _replace_me
+        _compare(worker, app.config)
+        extension.warm(app)
+    # What is here now stays: a full collection over it would stop every stream for 100 ms.
+    gc.collect()
+    gc.freeze()
     threading.Thread(
         target=_watch, args=(worker, os.getppid(), read_end), name="agentao-drain", daemon=True
     ).start()
+
+
+def _compare(worker: t.Any, config: t.Mapping[str, t.Any]) -> None:
+    """An application may drain longer than Gunicorn waits: then turns are cut short."""
+    grace = Settings.from_mapping(config).drain_grace
+    if worker.cfg.graceful_timeout < grace + _MARGIN:
+        logging.getLogger("agentao_web").warning(
+            "graceful_timeout %s is too short for AGENTAO_DRAIN_GRACE %s; set it to %s",
+            worker.cfg.graceful_timeout,
+            grace,
+            int(grace) + _MARGIN,
+        )
 
 
 def worker_int(worker: t.Any) -> None:

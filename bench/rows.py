@@ -70,8 +70,8 @@ def _rounds(count: int, floor: cabc.Callable[[], None], ours: cabc.Callable[[], 
 def cpu(bench: Bench) -> list[Row]:
     """CPU per 1,000 tokens: the process of the floor, and the worker."""
     rounds = bench.of(5, 2)
-    total = bench.of(20_000, 8_000)
-    seconds = bench.of(10, 3)
+    total = bench.of(20_000, 4_000)
+    seconds = bench.of(10, 2)
     with bench.server() as server:
         return [
             _cpu(bench, server, 1, total, None, rounds, 1.0),
@@ -209,7 +209,7 @@ def latency(bench: Bench) -> list[Row]:
 
 
 def _latency_of_one(bench: Bench, server: Server) -> Row:
-    command = f"stamped {bench.of(400, 100)} 50"
+    command = f"stamped {bench.of(400, 75)} 50"
     floor: list[list[float]] = []
     ours: list[list[float]] = []
 
@@ -505,7 +505,7 @@ def _asked(what: str, asked: dict[str, float]) -> Row:
 
 def idle_streams(bench: Bench) -> list[Row]:
     """Many streams on one worker that follow sessions in which nothing happens."""
-    count = bench.of(1000, 200)
+    count = bench.of(1000, 100)
     flags = ("--threads", "1100", "--worker-connections", "2000")
     with (
         bench.server(*flags, max_sessions=2000) as server,
@@ -522,10 +522,10 @@ def idle_streams(bench: Bench) -> list[Row]:
         good = sum(1 for s in streams if s.last)
         grown = (proc.rss(server.pid) - before) / count
         used, start = proc.cpu(server.pid), time.monotonic()
-        loop.run(lambda: False, bench.of(5, 2))
+        loop.run(lambda: False, bench.of(5, 1))
         idle = (proc.cpu(server.pid) - used) / (time.monotonic() - start)
         probe.ask("start", port=target.port, token=target.token, sid=sids[0])
-        loop.run(lambda: False, bench.of(8, 3))
+        loop.run(lambda: False, bench.of(8, 2))
         asked = probe.ask("stop")
         alive = sum(1 for s in streams if not s.closed)
     return [

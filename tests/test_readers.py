@@ -15,6 +15,7 @@ import pytest
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.readers import Reader
 from agentao_web.readers import Watcher
+from agentao_web.readers import poll
 from agentao_web.readers import stream
 from agentao_web.wire import native
 from tests.pool_fakes import PATIENCE
@@ -221,6 +222,59 @@ def test_many_readers_at_any_speed_get_the_same_text(probe: cabc.Callable[..., P
         thread.join(PATIENCE)
     assert set(texts.values()) == {"".join(f"{n}," for n in range(2000))}
     assert len(texts) == 8
+
+
+def test_a_reader_that_comes_after_the_eviction_is_sent_away_at_once(
+    probe: cabc.Callable[..., Probe],
+) -> None:
+    """Its session's next turns are written somewhere else: it must neither wait nor spin."""
+    p = probe()
+    p.run()
+    live = p.pool.find(p.key())
+    p.pool.tick(p.pool.clock() + 10_000)
+    assert live.closed
+    chunks = list(run_stream(Reader(live, p.store, live.head), follow=True))
+    assert [c.startswith(b"retry") for c in chunks] == [True]
+    assert poll(Reader(live, p.store, live.head), wait=60, limit=9, max_bytes=99) == []
+
+
+def test_the_end_of_a_turn_is_told_once_also_when_the_session_is_deleted(
+    probe: cabc.Callable[..., Probe],
+) -> None:
+    p = probe()
+    started = p.start()
+    assert p.finish(started).data["status"] == "completed"
+    p.pool.delete(p.key(), timeout=PATIENCE)
+    reader = Reader(started.live, p.store, started.cursor, turn=started.turn)
+    late = [e for e in read_all(reader) if e.type == "done"]
+    assert [e.data["status"] for e in late] == ["completed"]
+
+
+def read_all(reader: Reader) -> list[t.Any]:
+    found: list[t.Any] = []
+    with reader:
+        while not reader.over:
+            found += reader.read(limit=100, max_bytes=10**6)
+    return found
+
+
+def test_a_reader_we_dropped_did_not_leave(probe: cabc.Callable[..., Probe]) -> None:
+    """A write that timed out closes the stream as a broken one does; but nobody went away."""
+    p = probe(until_stopped)
+    for gone in (False, True):
+        started = p.start(on_disconnect="cancel")
+        ours, theirs = tcp()
+        reader = Reader(started.live, p.store, started.cursor, turn=started.turn, sock=theirs)
+        chunks = run_stream(reader)
+        next(chunks)
+        if gone:
+            ours.close()
+        chunks.close()  # type: ignore[attr-defined]
+        assert (started.turn.left_at is not None) is gone
+        p.pool.cancel(p.key())
+        p.finish(started)
+        ours.close()
+        theirs.close()
 
 
 def test_a_reader_of_a_turn_that_could_not_be_stored_gets_all_then_the_end(

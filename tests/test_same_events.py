@@ -9,7 +9,6 @@ import threading
 import typing as t
 from pathlib import Path
 
-from agentao_web.store.sql import SqlStore
 from hypothesis import HealthCheck
 from hypothesis import given
 from hypothesis import settings
@@ -22,6 +21,7 @@ from agentao_web.readers import Reader
 from agentao_web.readers import poll
 from agentao_web.readers import stream
 from agentao_web.runner import Stage
+from agentao_web.store.sql import SqlStore
 from agentao_web.wire import native
 from tests.pool_fakes import PATIENCE
 from tests.pool_fakes import FakeAgent

@@ -22,6 +22,7 @@ from agentao_web.core.turn import State
 from agentao_web.core.turn import TurnRequest
 from agentao_web.readers import Reader
 from agentao_web.runner import Stage
+from agentao_web.sessions import Started
 from tests.pool_fakes import PATIENCE
 from tests.pool_fakes import FakeAgent
 from tests.pool_fakes import Gate
@@ -377,6 +378,86 @@ def test_events_reach_the_store_while_the_turn_runs(probe: Make) -> None:
     p.pool.cancel(p.key())
 
 
+def test_a_queued_turn_the_store_refuses_is_as_if_it_had_never_been(probe: Make) -> None:
+    """Also when its time came while the store was still thinking."""
+    gate, thinking = Gate(), Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        if request.message == "one":
+            gate.stand()
+
+    p = probe(script)
+    good = p.store.enqueue
+
+    def enqueue(*args: t.Any) -> t.NoReturn:
+        thinking.stand()
+        raise StoreUnavailable
+
+    p.store.enqueue = enqueue
+    one = p.start("one")
+    gate.meet()
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            p.start("two", on_busy="queue")
+        except StoreUnavailable as exc:
+            errors.append(exc)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    thinking.meet()
+    gate.opened.set()
+    p.finish(one)
+    thinking.opened.set()
+    asking.join(PATIENCE)
+    assert len(errors) == 1
+    until_zero(p, "turns")
+    until_zero(p, "slots")
+    p.store.enqueue = good
+    assert p.run("three").data["status"] == "completed"
+    assert "two" not in str(p.log())
+
+
+def test_a_turn_may_be_queued_while_the_first_one_is_being_claimed(probe: Make) -> None:
+    claiming = Gate()
+    p = probe()
+    good = p.store.claim
+
+    def claim(*args: t.Any) -> t.Any:
+        if not claiming.opened.is_set():
+            claiming.stand()
+        return good(*args)
+
+    p.store.claim = claim
+    first: list[Started] = []
+    asking = threading.Thread(target=lambda: first.append(p.start("one")))
+    asking.start()
+    claiming.meet()
+    second = p.start("two", on_busy="queue")
+    claiming.opened.set()
+    asking.join(PATIENCE)
+    assert p.finish(first[0]).data["status"] == "completed"
+    assert p.finish(second).data["status"] == "completed"
+
+
+def test_a_turn_stopped_before_it_has_a_row_leaves_none(probe: Make) -> None:
+    p = probe(until_stopped)
+    good = p.store.enqueue
+
+    def enqueue(*args: t.Any) -> None:
+        p.pool.cancel(p.key())
+        good(*args)
+
+    p.store.enqueue = enqueue
+    one = p.start("one")
+    read_until(p.pool, one, "llm_text")
+    two = p.start("two", on_busy="queue")
+    assert p.finish(two).data["reason"] == "cancelled_by_user"
+    p.finish(one)
+    assert p.store._records[p.key()].turns == {}
+
+
 # -- sessions ----------------------------------------------------------------------------------
 
 
@@ -489,6 +570,38 @@ def test_a_delete_that_cannot_wait_is_finished_later(probe: Make) -> None:
     assert p.store.session(p.key()) is None
 
 
+def test_a_session_being_deleted_is_not_evicted_before(probe: Make) -> None:
+    gate = Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        gate.stand()
+
+    p = probe(script, session_ttl=0.0, max_sessions=1)
+    p.start()
+    gate.meet()
+    assert not p.pool.delete(p.key(), timeout=0.01)
+    gate.opened.set()
+    until_zero(p, "turns")
+    until_zero(p, "sessions")
+    for _ in range(1000):
+        if p.store.session(p.key()) is None:
+            break
+        threading.Event().wait(0.01)
+    assert p.run().data["status"] == "completed", "the id is free again"
+
+
+def test_a_session_can_be_deleted_when_there_is_no_room_to_open_it(probe: Make) -> None:
+    p = probe(until_stopped, max_sessions=1)
+    p.agents.script = lambda agent, request, stage: None
+    p.run(sid="old")
+    p.agents.script = until_stopped
+    busy = p.start(sid="busy")
+    assert p.pool.delete(p.key("old"), timeout=PATIENCE)
+    assert p.store.session(p.key("old")) is None
+    p.pool.cancel(p.key("busy"))
+    p.finish(busy)
+
+
 # -- readers that leave ------------------------------------------------------------------------
 
 
@@ -594,6 +707,45 @@ def test_a_short_turn_may_finish_during_the_drain(probe: Make) -> None:
     assert p.finish(started).extra == {"reply": "in time"}
     drain.join(PATIENCE)
     assert not drain.is_alive()
+
+
+def test_a_drain_in_a_hurry_overtakes_the_one_before(probe: Make) -> None:
+    p = probe(until_stopped)
+    started = p.start()
+    patient = threading.Thread(target=p.pool.drain, args=(3600,))
+    patient.start()
+    p.pool.drain(grace=0.2)
+    assert p.finish(started).data["reason"] == "server_shutdown"
+    patient.join(PATIENCE)
+    assert not patient.is_alive()
+
+
+def test_a_turn_that_is_being_claimed_during_the_drain_is_refused(probe: Make) -> None:
+    claiming = Gate()
+    p = probe()
+    good = p.store.claim
+
+    def claim(*args: t.Any) -> t.Any:
+        claiming.stand()
+        return good(*args)
+
+    p.store.claim = claim
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            p.start()
+        except Exception as exc:
+            errors.append(exc)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    claiming.meet()
+    p.pool.drain(grace=0.1)
+    claiming.opened.set()
+    asking.join(PATIENCE)
+    until_zero(p, "slots")
+    assert p.pool.counts()["given_up"] == 0
 
 
 def test_using_a_pool_before_the_fork_is_refused(probe: Make, monkeypatch: t.Any) -> None:

@@ -8,7 +8,6 @@ import typing as t
 from pathlib import Path
 
 import pytest
-from agentao_web.store.sql import SqlStore
 
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import SessionBusy
@@ -23,6 +22,7 @@ from agentao_web.runner import Stage
 from agentao_web.sessions import Started
 from agentao_web.store import Store
 from agentao_web.store.memory import MemoryStore
+from agentao_web.store.sql import SqlStore
 from tests.pool_fakes import PATIENCE
 from tests.pool_fakes import FakeAgent
 from tests.pool_fakes import Gate

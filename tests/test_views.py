@@ -85,7 +85,7 @@ def web(tmp_path: t.Any) -> cabc.Iterator[Make]:
     def make(
         *steps: Step, prefix: str = "", by: dict[str, list[Step]] | None = None, **config: t.Any
     ) -> Web:
-        agents = scripted(*(steps or (say("he", "llo"),)), **(by or {}))
+        agents = scripted(*(steps or (say("he", "llo"),)), by=by)
         app = Flask("host")
         app.config.update(
             AGENTAO_ROOT=tmp_path / f"root{len(made)}",
@@ -299,6 +299,19 @@ def test_a_cursor_from_another_life_gets_a_gap(web: Make) -> None:
     assert page["events"][0]["data"]["reason"] == "ahead_of_log"
 
 
+def test_idle_is_said_only_with_the_last_event(web: Make) -> None:
+    w = web(say(*"abcdef"))
+    w.ask()
+    cursor, states = 0, []
+    while page := w.get(f"/chat/s/events?after={cursor}&limit=3&wait=0").json:
+        states.append((page["state"], "done" in types(page["events"])))
+        cursor = page["cursor"]
+        if page["state"] == "idle":
+            break
+    assert states[-1] == ("idle", True)
+    assert {s for s in states[:-1]} == {("running", False)}
+
+
 def test_an_unknown_session_has_no_events(web: Make) -> None:
     assert_error(web().get("/chat/nobody/events?wait=0"), 404, "not_found")
 
@@ -495,6 +508,7 @@ def bad_tokens() -> dict[str, str | None]:
         + Tokens(["another-key-altogether"]).issue(Principal("acme"), ttl=60),
         "expired": "Bearer " + Tokens([KEY], clock=lambda: 0).issue(Principal("acme"), ttl=60),
         "the demo's": "Bearer dev",
+        "no latin": "Basic \udcff".encode("utf-8", "surrogateescape").decode("latin-1"),
     }
 
 

@@ -102,6 +102,12 @@ class AgentaoAgents:
         steps = self._options.max_steps
         return AgentaoAgent(agent, bridge, max_steps=steps, close=close, log=self._log)
 
+    def warm(self) -> None:
+        """Load what the first agent would load: the SDK, which takes most of a second."""
+        guards.install()
+        if self._llm:
+            self._pool().client(logger=self._log, **self._llm)
+
     def forget(self, key: SessionKey) -> None:
         self.workspaces.forget(key)
 
@@ -133,6 +139,7 @@ class AgentaoAgents:
         """The shared HTTP pool, opened in the worker and not before the fork."""
         with self._lock:
             if self._models is None:
+                guards.quicken()
                 options = self._options
                 self._models = ModelPool(
                     read_timeout=options.llm_read_timeout,
@@ -148,9 +155,14 @@ def _model(environ: cabc.Mapping[str, str]) -> dict[str, t.Any]:
         found = discover_llm_kwargs(env=environ)
     except ValueError as exc:
         raise RuntimeError(f"{exc} {_CURE}") from None
-    missing = [name for name in ("api_key", "base_url", "model") if not found.get(name)]
+    provider = environ.get("LLM_PROVIDER", "OPENAI").strip().upper() or "OPENAI"
+    missing = [
+        f"{provider}_{name.upper()}"
+        for name in ("api_key", "base_url", "model")
+        if not found.get(name)
+    ]
     if missing:
-        raise RuntimeError(f"no {' and no '.join(missing)} of a model is set. {_CURE}")
+        raise RuntimeError(f"no model: {', '.join(missing)} not set. {_CURE}")
     return dict(found)
 
 

@@ -52,9 +52,11 @@ class Event:
 
     def weight(self) -> int:
         """About how many bytes this event holds in memory."""
-        return _EVENT_OVERHEAD + sum(
-            len(v) if isinstance(v, str) else len(repr(v)) for v in self.data.values()
-        )
+        size = _EVENT_OVERHEAD
+        for fields in (self.data, self.extra) if self.extra else (self.data,):
+            for value in fields.values():
+                size += len(value) if isinstance(value, str) else len(repr(value))
+        return size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

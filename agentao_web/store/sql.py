@@ -178,10 +178,10 @@ class SqlStore:
     def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
         with self._db.batch() as db:
             session = steps.held(db, claim.key, claim.generation)
-            values = steps.write(db, session, events)
-            if values["log_bytes"] > self._log_bytes * 5 // 4:
-                values |= steps.prune(db, session, values["log_bytes"], self._log_bytes)
-            steps.change(db, session, values)
+            place = steps.write(db, session, events)
+            if place["log_bytes"] > self._log_bytes * 5 // 4:
+                place |= steps.prune(db, session, place["log_bytes"], self._log_bytes)
+            steps.move(db, session, place)
 
     def finish(self, claim: Claim, finish: Finish) -> None:
         with self._db.write() as db:

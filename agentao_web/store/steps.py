@@ -40,6 +40,12 @@ _BY_NAME = sa.select(sessions).where(sessions.c.name == sa.bindparam("name"))
 _LOCKED = _BY_NAME.with_for_update()
 _HELD = _LOCKED.where(sessions.c.generation == sa.bindparam("generation"))
 _NEW_EVENT = sa.insert(events)
+#: Made once: this is what a turn does most often.
+_MOVED = (
+    sa.update(sessions)
+    .where(sessions.c.id == sa.bindparam("session"))
+    .values({name: sa.bindparam(f"new_{name}") for name in ("base", "head", "log_bytes")})
+)
 
 _COUNTER = meta.c.name == "generation"
 _COUNT = sa.update(meta).where(_COUNTER).values(value=meta.c.value + 1)
@@ -105,6 +111,12 @@ def held(db: sa.Connection, key: SessionKey, generation: int) -> Row:
 def change(db: sa.Connection, session: Row, values: Values) -> None:
     """Write to the session's row."""
     db.execute(sa.update(sessions).where(sessions.c.id == session.id).values(**values))
+
+
+def move(db: sa.Connection, session: Row, place: Values) -> None:
+    """Write to the session's row how far its log reaches."""
+    moved = {f"new_{name}": value for name, value in place.items()}
+    db.execute(_MOVED, {"session": session.id, **moved})
 
 
 def next_generation(db: sa.Connection) -> int:
@@ -183,11 +195,12 @@ def write(db: sa.Connection, session: Row, new: cabc.Sequence[Event]) -> Values:
     """Put events into the log; what changes of the session's row."""
     # What is there already was written by an attempt whose commit seemed to fail.
     rows = [_event_row(session, event) for event in new if (event.seq or 0) > session.head]
+    place = {"base": session.base, "head": session.head, "log_bytes": session.log_bytes}
     if not rows:
-        return {"head": session.head, "log_bytes": session.log_bytes}
+        return place
     db.execute(_NEW_EVENT, rows)
     size = sum(row["size"] for row in rows)
-    return {"head": rows[-1]["seq"], "log_bytes": session.log_bytes + size}
+    return {**place, "head": rows[-1]["seq"], "log_bytes": session.log_bytes + size}
 
 
 def prune(db: sa.Connection, session: Row, log_bytes: int, most: int) -> Values:

@@ -61,11 +61,17 @@ class Writer:
 
     def note(self, source: Source, *, urgent: bool = False) -> None:
         """*source* has something to write, within the interval or, if *urgent*, at once."""
+        if not urgent and id(source) in self._dirty:
+            # Once per token: no lock here. Whoever finds itself noted is: the writer takes the
+            # whole dictionary away before it asks a source what there is to write.
+            return
         with self._lock:
+            wake = not self._dirty or (urgent and not self._urgent)
             self._dirty[id(source)] = source
             self._urgent = self._urgent or urgent
             self._started()
-        self._wake.set()
+        if wake:
+            self._wake.set()
 
     def finish(self, source: Source, finish: Finish, *, timeout: float) -> None:
         """Commit the end of *source*'s turn with all it has not written; raises as the store does.
@@ -116,8 +122,10 @@ class Writer:
                 self._flush(source)
             for job in jobs:
                 self._commit(job)
-            if closed and not jobs:
-                return
+            if closed:
+                if not jobs:
+                    return
+                self._wake.set()
 
     def _pause(self) -> None:
         """Let a batch grow, but not past the interval, and not while something is urgent."""

@@ -51,7 +51,7 @@ app = Flask("live")
 app.config.update(
     AGENTAO_ROOT=os.environ["AGENTAO_ROOT"],
     AGENTAO_SECRET_KEYS=os.environ["AGENTAO_SECRET_KEYS"],
-    AGENTAO_DRAIN_GRACE=3,
+    AGENTAO_DRAIN_GRACE=float(os.environ.get("TEST_DRAIN_GRACE", "3")),
     AGENTAO_STOP_GRACE=1,
     AGENTAO_MAX_TURNS=int(os.environ.get("TEST_MAX_TURNS", "64")),
 )

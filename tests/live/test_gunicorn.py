@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc as cabc
 import json
 import signal
+import socket
 import threading
 import time
 import typing as t
@@ -258,6 +259,49 @@ def test_half_of_the_threads_lost_brings_a_fresh_worker(tmp_path: Path) -> None:
         server.client.post("/chat/s/cancel")
         eventually(lambda: not set(old) & set(server.workers()), "the spoiled worker stays")
         assert server.ask("t", "hi")["reply"] == "hello"
+
+
+def test_a_second_signal_hurries_but_still_tells_everyone(tmp_path: Path) -> None:
+    with scripted(tmp_path, TEST_DRAIN_GRACE="60") as server, server.stream("s", "hang") as stream:
+        stream.until("turn_begin")
+        server.signal(signal.SIGTERM)
+        eventually(
+            lambda: "Handling signal: term" in server.log.read_text(), "SIGTERM is not handled"
+        )
+        server.signal(signal.SIGINT)
+        assert stream.until("done")["data"]["reason"] == "server_shutdown"
+        server.wait()
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"message": "say hi"' + b" " * 21 * 2**20 + b"GARBAGE", 413),
+        (b'{"message": "say hi"}', 200),
+    ],
+)
+def test_a_chunked_body_is_whole_or_refused(
+    tmp_path: Path, model: ModelServer, body: bytes, status: int
+) -> None:
+    with Server(tmp_path, **model_env(model)) as server:
+        headers = {"Content-Type": "application/json"}
+        chunks = (body[i : i + 65_536] for i in range(0, len(body), 65_536))
+        answer = server.client.post("/chat/s", content=chunks, headers=headers)
+        assert answer.status_code == status
+        if status == 413:
+            assert answer.json()["code"] == "payload_too_large"
+
+
+@pytest.mark.parametrize("size", [b"zz", b"-5"])
+def test_a_broken_chunk_is_400(tmp_path: Path, model: ModelServer, size: bytes) -> None:
+    with Server(tmp_path, **model_env(model)) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
+            sock.sendall(
+                b"POST /chat/s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Authorization: " + server.client.headers["Authorization"].encode() + b"\r\n"
+                b"Transfer-Encoding: chunked\r\n\r\n" + size + b"\r\nabc\r\n"
+            )
+            assert sock.recv(65_536).startswith(b"HTTP/1.1 400")
 
 
 # -- a client of the template ------------------------------------------------------------------

@@ -162,6 +162,49 @@ def test_a_store_that_does_not_answer_is_unavailable(
     gate.set()
 
 
+def test_close_with_a_job_in_the_same_moment_ends(
+    make: cabc.Callable[[float], Writer], store: Store
+) -> None:
+    gate = threading.Event()
+    writer, source = make(3600.0), Source()
+    good = store.finish
+
+    def finish(claim: Claim, done: Finish) -> None:
+        gate.wait(PATIENCE)
+        good(claim, done)
+
+    store.finish = finish  # type: ignore[method-assign]
+    jobs = [
+        threading.Thread(target=writer.finish, args=(source, end(n)), kwargs={"timeout": PATIENCE})
+        for n in (2, 3)
+    ]
+    for job in jobs:
+        job.start()
+    closing = threading.Thread(target=writer.close, kwargs={"timeout": PATIENCE})
+    closing.start()
+    gate.set()
+    for thread in (*jobs, closing):
+        thread.join(PATIENCE / 2)
+        assert not thread.is_alive()
+
+
+def test_what_is_noted_while_the_writer_is_at_work_is_written(
+    make: cabc.Callable[[float], Writer], store: Store
+) -> None:
+    """The note takes no lock: it must not get lost between two batches."""
+    writer, source = make(0.0), Source()
+    for n in range(2, 3000):
+        source.say(n)
+        writer.note(source)
+    writer.note(source, urgent=True)
+    for _ in range(int(PATIENCE * 100)):
+        if source.stored == 2999:
+            break
+        source.caught_up.wait(0.01)
+        source.caught_up.clear()
+    assert source.stored == 2999
+
+
 def test_close_writes_what_is_left_and_then_refuses(
     make: cabc.Callable[[float], Writer], store: Store
 ) -> None:

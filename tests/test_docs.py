@@ -1,0 +1,266 @@
+"""What the docs say is so: tables from code, names that exist, examples and commands that run."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import inspect
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import typing as t
+from pathlib import Path
+
+import pytest
+from flask import Flask
+from werkzeug.test import Client
+
+import agentao_web
+from agentao_web import config
+from agentao_web import shutdown
+from agentao_web import testing
+from agentao_web import workers
+from agentao_web.wire import openapi
+from docs import build
+from tests.live.harness import Server
+
+PROJECT = Path(__file__).parent.parent
+PAGES = [PROJECT / "README.md", PROJECT / "CHANGES.md", *sorted(build.HERE.glob("*.md"))]
+TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
+#: In an error message that the docs show.
+SLIPS = {"AGENTAO_MAXTURNS"}
+
+WAIT = {"Accept": "application/json", "Prefer": "wait=20", "Sec-Fetch-Site": "same-origin"}
+
+_BLOCK = re.compile(r"(?:<!-- ([\w: -]+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+class Block(t.NamedTuple):
+    """A fenced block, and the comment just before it."""
+
+    page: str
+    marker: str
+    language: str
+    text: str
+
+
+BLOCKS = [
+    Block(page.name, *found.groups(default=""))
+    for page in PAGES
+    for found in _BLOCK.finditer(page.read_text("utf-8"))
+]
+
+
+def blocks(language: str) -> list[Block]:
+    return [block for block in BLOCKS if block.language == language]
+
+
+def run(name: str) -> dict[str, t.Any]:
+    """The names of the block marked ``run: name``, after running it."""
+    (block,) = (block for block in BLOCKS if block.marker == f"run: {name}")
+    names: dict[str, t.Any] = {"__name__": "shop"}
+    exec(compile(block.text, f"{block.page}: {name}", "exec"), names)
+    return names
+
+
+@pytest.fixture
+def ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> cabc.Iterator[cabc.Callable[[Flask], Flask]]:
+    """An empty folder to be in, and a list of applications to shut down after the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    apps: list[Flask] = []
+
+    def remember(app: Flask) -> Flask:
+        apps.append(app)
+        return app
+
+    yield remember
+    for app in apps:
+        shutdown(app, grace=2)
+
+
+# -- the words ---------------------------------------------------------------------------------
+
+
+def test_no_table_is_stale(capsys: pytest.CaptureFixture[str]) -> None:
+    assert build.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_every_table_is_shown() -> None:
+    for name in build.TABLES:
+        assert f"<!-- table: {name} -->" in TEXT
+
+
+def test_every_setting_the_docs_name_is_one() -> None:
+    named = set(re.findall(r"\b(AGENTAO_[A-Z_]*[A-Z])(?![A-Z_…])", TEXT))
+    assert named - SLIPS == {name for name, _, _ in config.table()}
+
+
+def test_the_slip_is_caught_in_the_words_shown() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        config.Settings.from_mapping({"AGENTAO_MAXTURNS": 3})
+    assert f"\n{caught.value}\n" in TEXT
+
+
+def test_every_public_name_is_in_the_docs() -> None:
+    steps = [
+        name
+        for name, function in inspect.getmembers(testing, inspect.isfunction)
+        if function.__module__ == testing.__name__ and not name.startswith("_")
+    ]
+    for name in [*agentao_web.__all__, *steps, "Gate", "Scripted", "ScriptedAgent"]:
+        assert re.search(rf"\b{name}\b", TEXT), name
+
+
+def test_links_resolve() -> None:
+    for page in PAGES:
+        for link in _LINK.findall(page.read_text("utf-8")):
+            path, _, anchor = link.partition("#")
+            if "://" in link:
+                continue
+            target = (page.parent / path) if path else page
+            assert target.is_file(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_no_page_names_a_place_of_this_machine() -> None:
+    assert not re.findall(r"(?<![\w.])/(?:work|tmp|root|home)/\S*", TEXT)
+
+
+def test_the_readme_is_short_and_has_room_for_the_numbers() -> None:
+    text = (PROJECT / "README.md").read_text("utf-8")
+    before, _, after = text.partition("<!-- numbers -->\n")
+    numbers, marker, rest = after.partition("<!-- /numbers -->")
+    assert marker, "the markers of the numbers are gone"
+    assert len((before + rest).splitlines()) <= 150
+
+
+# -- the examples ------------------------------------------------------------------------------
+
+
+def test_there_is_an_example_of_every_event() -> None:
+    (block,) = (block for block in BLOCKS if block.marker == "examples: events")
+    examples = [json.loads(line) for line in block.text.splitlines()]
+    assert sorted(event["type"] for event in examples) == sorted(openapi.EVENT_TYPES)
+    fields = build.sample()
+    for event in examples:
+        data, beside = fields[event["type"]]
+        assert set(event["data"]) == set(data), event["type"]
+        assert set(event) - {"seq", "turn_id", "type", "data", "ts"} == set(beside)
+
+
+def test_json_is_json() -> None:
+    for block in blocks("json"):
+        for line in block.text.splitlines():
+            json.loads(line)
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: f"{block.page}")
+def test_python_compiles(block: Block) -> None:
+    compile(block.text, block.page, "exec")
+
+
+def test_the_whole_app_of_the_readme(ended: cabc.Callable[[Flask], Flask]) -> None:
+    app = ended(run("app")["app"])
+    client = app.test_client()
+    assert client.get("/agent/session/a").status_code == 401
+    assert client.post("/login").json == {"ok": True}
+    body = {"message": "say hi"}
+    assert client.post("/agent/chat/a", json=body).status_code == 403
+    answer = client.post("/agent/chat/a", json=body, headers=WAIT)
+    assert answer.json is not None and answer.json["reply"] == "hi"
+
+
+def test_the_factory(ended: cabc.Callable[[Flask], Flask]) -> None:
+    create_app = run("factory")["create_app"]
+    apps = [ended(create_app(AGENTAO_DEMO=True)) for _ in range(2)]
+    headers = {**WAIT, "X-User": "ann"}
+    answer = apps[0].test_client().post("/agent/chat/a", json={"message": "help"}, headers=headers)
+    assert answer.status_code == 200
+    assert apps[1].test_client().get("/agent/session/a", headers=headers).status_code == 404
+
+
+def test_the_adapter_of_verify_token(ended: cabc.Callable[[Flask], Flask]) -> None:
+    app = ended(Flask("template"))
+    app.config.update(AGENTAO_DEMO=True)
+    agentao_web.AgentaoWeb(authenticate=run("verify")["authenticate"]).init_app(app)
+    codes = [
+        app.test_client().get("/session/a", headers=headers).status_code
+        for headers in ({"Authorization": "Bearer dev"}, {"Authorization": "Bearer x"}, {})
+    ]
+    assert codes == [404, 401, 401]
+
+
+def test_two_apps(ended: cabc.Callable[[Flask], Flask]) -> None:
+    names = run("two")
+    both = names["app"]
+    for app in (both.app, *both.mounts.values()):
+        ended(app)
+    client = Client(both)
+    answer = client.post("/office/chat/a", json={"message": "say hi"}, headers=WAIT)
+    assert answer.json is not None and answer.json["reply"] == "hi"
+    assert client.get("/session/a").status_code == 404
+
+
+def test_agents_of_your_own(ended: cabc.Callable[[Flask], Flask]) -> None:
+    client = ended(run("agents")["app"]).test_client()
+    for message, reply in (("say hi", "hi"), ("what did I say", 'Just before this you said "say')):
+        answer = client.post("/chat/a", json={"message": message}, headers=WAIT)
+        assert answer.json is not None and answer.json["reply"].startswith(reply)
+
+
+def test_the_tests_of_a_host(tmp_path: Path) -> None:
+    tests = {name: test for name, test in run("tests").items() if name.startswith("test_")}
+    assert len(tests) == 2
+    for name, test in tests.items():
+        test(tmp_path / name)
+
+
+def test_the_gunicorn_config_is_ours() -> None:
+    for name, value in run("gunicorn").items():
+        if not name.startswith("__"):
+            assert value == getattr(workers, name), name
+
+
+# -- the commands ------------------------------------------------------------------------------
+
+
+def curls(page: str) -> list[list[str]]:
+    texts = [block.text for block in blocks("sh") if block.page == page]
+    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("curl ")]
+
+
+@pytest.mark.live
+def test_every_curl_of_the_readme_answers(tmp_path: Path) -> None:
+    curl = shutil.which("curl")
+    assert curl, "this test needs curl"
+    commands = curls("README.md")
+    assert len(commands) >= 4
+    answers: list[str] = []
+    with Server(tmp_path, AGENTAO_DEMO="1") as server:
+        for _, *words in commands:
+            words = [word.replace("http://127.0.0.1:8000", server.url) for word in words]
+            options = ["-sS", "--noproxy", "*", "--max-time", "30", "-w", "\n%{http_code}"]
+            done = subprocess.run([curl, *options, *words], capture_output=True, text=True)
+            body, _, status = done.stdout.rpartition("\n")
+            assert done.returncode == 0 and int(status) < 400, (words, done.stdout, done.stderr)
+            answers.append(body)
+    shown = (PROJECT / "README.md").read_text("utf-8")
+    for event in streamed(answers[0]):
+        assert f'"type":"{event["type"]}"' in shown or event["type"] == "usage"
+    assert streamed(answers[0])[-1]["reply"] == "1, 2, 3."
+    assert json.loads(answers[1])["reply"] == "the report is done"
+
+
+def streamed(body: str) -> list[dict[str, t.Any]]:
+    return [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: ")]
