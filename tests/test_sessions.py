@@ -301,12 +301,16 @@ def test_a_turn_that_ignores_its_stop_is_given_up(probe: Make) -> None:
 
 
 def until_zero(p: Probe, name: str) -> None:
+    until_count(p, name, 0)
+
+
+def until_count(p: Probe, name: str, wanted: int) -> None:
     ready = threading.Event()
     for _ in range(1000):
-        if p.pool.counts()[name] == 0:
+        if p.pool.counts()[name] == wanted:
             return
         ready.wait(0.01)
-    raise AssertionError(f"{name} never came to zero")
+    raise AssertionError(f"{name} never came to {wanted}")
 
 
 def test_half_of_the_slots_lost_makes_the_worker_unready(probe: Make) -> None:
@@ -389,7 +393,7 @@ def test_a_queued_turn_the_store_refuses_is_as_if_it_had_never_been(probe: Make)
     p = probe(script)
     good = p.store.enqueue
 
-    def enqueue(*args: t.Any) -> t.NoReturn:
+    def enqueue(*args: t.Any, **options: t.Any) -> t.NoReturn:
         thinking.stand()
         raise StoreUnavailable
 
@@ -434,20 +438,24 @@ def test_a_turn_may_be_queued_while_the_first_one_is_being_claimed(probe: Make) 
     asking = threading.Thread(target=lambda: first.append(p.start("one")))
     asking.start()
     claiming.meet()
-    second = p.start("two", on_busy="queue")
+    second: list[Started] = []
+    queueing = threading.Thread(target=lambda: second.append(p.start("two", on_busy="queue")))
+    queueing.start()
+    until_count(p, "turns", 2)
     claiming.opened.set()
     asking.join(PATIENCE)
+    queueing.join(PATIENCE)
     assert p.finish(first[0]).data["status"] == "completed"
-    assert p.finish(second).data["status"] == "completed"
+    assert p.finish(second[0]).data["status"] == "completed"
 
 
 def test_a_turn_stopped_before_it_has_a_row_leaves_none(probe: Make) -> None:
     p = probe(until_stopped)
     good = p.store.enqueue
 
-    def enqueue(*args: t.Any) -> None:
+    def enqueue(*args: t.Any, **options: t.Any) -> None:
         p.pool.cancel(p.key())
-        good(*args)
+        good(*args, **options)
 
     p.store.enqueue = enqueue
     one = p.start("one")
@@ -455,7 +463,7 @@ def test_a_turn_stopped_before_it_has_a_row_leaves_none(probe: Make) -> None:
     two = p.start("two", on_busy="queue")
     assert p.finish(two).data["reason"] == "cancelled_by_user"
     p.finish(one)
-    assert p.store._records[p.key()].turns == {}
+    assert p.store.active(p.key()) == []
 
 
 # -- sessions ----------------------------------------------------------------------------------

@@ -492,6 +492,8 @@ GUARDED = [
     ("GET", "/chat/s/events"),
     ("DELETE", "/session/s"),
     ("GET", "/session/s"),
+    ("PATCH", "/session/s"),
+    ("GET", "/sessions"),
     ("GET", "/session/s/messages"),
 ]
 
@@ -685,7 +687,7 @@ def test_a_bad_last_event_id_is_400(web: Make) -> None:
         ("PUT", "/chat/s", "OPTIONS, POST"),
         ("GET", "/chat/s", "OPTIONS, POST"),
         ("BREW", "/chat/s/events", "GET, HEAD, OPTIONS"),
-        ("POST", "/session/s", "DELETE, GET, HEAD, OPTIONS"),
+        ("POST", "/session/s", "DELETE, GET, HEAD, OPTIONS, PATCH"),
     ],
 )
 def test_an_unknown_method_is_405_in_our_form(
