@@ -158,13 +158,14 @@ class Peers:
                 live.tail(row)
             elif live.head:
                 self._house.forget(live)
+        # Asked after the heads and obeyed before anyone starts: who cancels a running turn and a
+        # queued one does both at once, and must not see the queued one begin.
+        for signal in self._store.signals(self._runner.worker) if self._books.turns else ():
+            self._obey(signal)
         for turn, live in parked.items():
             row = rows.get(live.key)
             if row is not None and row.turn_id is None and self._books.unpark(turn):
                 self._runner.start(live, turn)
-        if self._books.turns:
-            for signal in self._store.signals(self._runner.worker):
-                self._obey(signal)
 
     def _obey(self, signal: Signal) -> None:
         found = self._books.find(signal.turn_id)

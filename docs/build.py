@@ -73,6 +73,8 @@ STOPS: t.Final = {
     "cancelled_by_user": "`POST /chat/<sid>/cancel`.",
     "client_gone": "The reader left and did not come back within `AGENTAO_DISCONNECT_GRACE`.",
     "interrupted": 'Another message came with `"on_busy": "interrupt"`.',
+    "store_unavailable": "The store took no sign of life of this worker for too long.",
+    "worker_lost": "The worker that accepted it is gone; another one closed it.",
     "session_deleted": "`DELETE /session/<sid>`.",
     "server_shutdown": "The worker is leaving.",
     "turn_timeout": "`AGENTAO_TURN_TIMEOUT`, or the request's own `timeout`.",

@@ -180,9 +180,10 @@ def test_the_whole_app_of_the_readme(ended: cabc.Callable[[Flask], Flask]) -> No
     assert answer.json is not None and answer.json["reply"] == "hi"
 
 
-def test_the_factory(ended: cabc.Callable[[Flask], Flask]) -> None:
+def test_the_factory(ended: cabc.Callable[[Flask], Flask], tmp_path: Path) -> None:
     create_app = run("factory")["create_app"]
-    apps = [ended(create_app(AGENTAO_DEMO=True)) for _ in range(2)]
+    roots = [tmp_path / "one", tmp_path / "two"]
+    apps = [ended(create_app(AGENTAO_DEMO=True, AGENTAO_ROOT=root)) for root in roots]
     headers = {**WAIT, "X-User": "ann"}
     answer = apps[0].test_client().post("/agent/chat/a", json={"message": "help"}, headers=headers)
     assert answer.status_code == 200

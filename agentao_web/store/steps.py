@@ -73,9 +73,9 @@ _PART = sa.select(
 _EVENTS = sa.select(_PART).where(_PART.c.before < sa.bindparam("max_bytes")).order_by(_PART.c.seq)
 _OLDEST = (
     sa.select(events.c.seq, events.c.size)
-    .where(events.c.session == sa.bindparam("session"))
+    .where(events.c.session == sa.bindparam("session"), events.c.seq > sa.bindparam("base"))
     .order_by(events.c.seq)
-    .limit(500)
+    .limit(100)
 )
 
 
@@ -210,13 +210,16 @@ def prune(db: sa.Connection, session: Row, log_bytes: int, most: int) -> Values:
     (A running total in SQL would add up the whole log before it gave the first row.)
     """
     base = session.base
-    while log_bytes > most and (rows := db.execute(_OLDEST, {"session": session.id}).all()):
+    while log_bytes > most:
+        rows = db.execute(_OLDEST, {"session": session.id, "base": base}).all()
+        if not rows:
+            break
         for row in rows:
             base, log_bytes = row.seq, log_bytes - row.size
             if log_bytes <= most:
                 break
-        old = sa.and_(events.c.session == session.id, events.c.seq <= base)
-        db.execute(sa.delete(events).where(old))
+    old = sa.and_(events.c.session == session.id, events.c.seq <= base)
+    db.execute(sa.delete(events).where(old))
     return {"base": base, "log_bytes": log_bytes}
 
 
