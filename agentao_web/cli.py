@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import secrets
+import sqlite3
 import sys
 import time
 import typing as t
@@ -26,6 +27,7 @@ from agentao_web.config import from_environment
 from agentao_web.core.errors import WebError
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
+from agentao_web.core.names import is_session_id
 from agentao_web.extension import create_app
 from agentao_web.extension import open_store
 from agentao_web.store import SessionRow
@@ -33,6 +35,9 @@ from agentao_web.store import Store
 from agentao_web.store.sql import SqlStore
 
 _DAY: t.Final = 86_400
+#: Never below zero: what is meant as "days ago" must not become "all of them".
+_DAYS: t.Final = click.FloatRange(0)
+_MOMENT: t.Final = click.FloatRange(0)
 Read = t.Callable[[], Settings]
 
 
@@ -84,6 +89,12 @@ def _names(tenant: str, user: str) -> tuple[str, str]:
     return principal.tenant, principal.user
 
 
+def _key(tenant: str, user: str, session: str) -> SessionKey:
+    if not is_session_id(session):
+        raise click.UsageError("a session id is 1 to 128 of A-Z a-z 0-9 . _ -")
+    return SessionKey(*_names(tenant, user), session)
+
+
 _TENANT = click.option("--tenant", required=True, help="Whose it is.")
 _USER = click.option("--user", default="", help="A user of the tenant; none unless told.")
 
@@ -132,15 +143,19 @@ def _operator(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) 
     @group.command()
     @_TENANT
     @click.option("--user", default=None, help="Only this user's; all of the tenant's unless told.")
-    @click.option("--before", default=None, type=float, help="Unix seconds; now unless told.")
+    @click.option("--before", default=None, type=_MOMENT, help="Unix seconds; now unless told.")
     @wrap
     def revoke(tenant: str, user: str | None, before: float | None) -> None:
         """Make tokens issued before a moment void, on every server within seconds.
 
         Example: agentao-web revoke --tenant acme --user ann
         """
+        _principal(tenant, user or "")
         with _store(read) as store:
             store.revoke(tenant, user, time.time() if before is None else before)
+        if before is None:
+            # Tokens know the second they were issued in: the next one we print is to be good.
+            time.sleep(1 - time.time() % 1)
 
     @group.group("sessions")
     def sessions_group() -> None:
@@ -170,10 +185,11 @@ def _operator(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) 
 
         Example: agentao-web sessions show --tenant acme --user ann chat-1
         """
-        key = SessionKey(tenant, user, session)
+        key = _key(tenant, user, session)
         with _store(read) as store:
+            row = _row(_found(store, key))
             active = [dataclasses.asdict(turn) for turn in store.active(key)]
-            click.echo(json.dumps({**_row(_found(store, key)), "active": active}, indent=2))
+            _print({**row, "active": active})
 
     @sessions_group.command()
     @_TENANT
@@ -185,23 +201,28 @@ def _operator(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) 
 
         Example: agentao-web sessions export --tenant acme chat-1 > chat-1.json
         """
-        key = SessionKey(tenant, user, session)
+        key = _key(tenant, user, session)
         with _store(read) as store:
             row = _row(_found(store, key))
-            click.echo(json.dumps({**row, "messages": _transcript(store, key)}, indent=2))
+            _print({**row, "messages": _transcript(store, key)})
 
     @sessions_group.command()
     @_TENANT
     @_USER
     @click.argument("session")
-    @click.option("--timeout", default=15.0, help="Seconds to wait for its turn to stop.")
+    @click.option(
+        "--timeout",
+        default=15.0,
+        type=click.FloatRange(0),
+        help="Seconds to wait for its turn to stop.",
+    )
     @wrap
     def delete(tenant: str, user: str, session: str, timeout: float) -> None:
         """Stop the session's turn, wherever it runs, and remove the session.
 
         Example: agentao-web sessions delete --tenant acme --user ann chat-1
         """
-        _delete(read, SessionKey(tenant, user, session), timeout)
+        _delete(read, _key(tenant, user, session), timeout)
 
     @group.group()
     def db() -> None:
@@ -211,55 +232,66 @@ def _operator(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) 
     @wrap
     def check() -> None:
         """Open the database, make its tables if need be, and look whether it is whole."""
-        with _sql(read) as store:
+        with _store(read, make=True) as store:
             click.echo(store.check())
 
     @db.command()
-    @click.option("--days", required=True, type=float, help="Sessions idle for so long go.")
+    @click.option("--days", required=True, type=_DAYS, help="Sessions idle for so long go.")
     @wrap
     def prune(days: float) -> None:
-        """Remove sessions that were not used for some days.
+        """Remove sessions that were not used for some days, but none with a turn.
 
         Example: agentao-web db prune --days 90
         """
-        with _store(read) as store:
-            click.echo(f"{store.prune(time.time() - days * _DAY)} sessions removed")
+        click.echo(f"sessions removed: {_prune(read, time.time() - days * _DAY)}")
 
     @db.command()
     @click.argument("file", type=click.Path(dir_okay=False))
     @wrap
     def backup(file: str) -> None:
-        """Copy a SQLite database while it is in use; for PostgreSQL use pg_dump.
+        """Copy an SQLite database while it is in use; for PostgreSQL use pg_dump.
 
         Example: agentao-web db backup backup.db
         """
-        with _sql(read) as store:
-            store.backup(Path(file))
+        _backup(read, Path(file))
 
 
 @contextlib.contextmanager
-def _store(read: Read) -> t.Iterator[Store]:
-    store = open_store(read())
+def _store(read: Read, *, make: bool = False) -> t.Iterator[SqlStore]:
+    """The servers' database, which is there already unless it may be made."""
+    settings = read()
     try:
-        yield store
+        store = open_store(settings)
+        if not isinstance(store, SqlStore):
+            raise click.ClickException("the sessions are in the server's memory, out of reach")
+        with contextlib.closing(store):
+            if not make:
+                _refuse_nothing(settings)
+            yield store
     except WebError as exc:
         raise click.ClickException(exc.message) from None
-    finally:
-        store.close()
+    except RuntimeError as exc:
+        raise click.ClickException(str(exc)) from None
 
 
-@contextlib.contextmanager
-def _sql(read: Read) -> t.Iterator[SqlStore]:
-    with _store(read) as store:
-        if not isinstance(store, SqlStore):
-            raise click.ClickException("this store is no database")
-        yield store
+def _refuse_nothing(settings: Settings) -> None:
+    """A new database in the wrong folder would take a revocation, and nobody would look there."""
+    file = settings.root / "agentao-web.db"
+    if settings.database_url is None and not file.exists():
+        raise click.ClickException(
+            f"there is no {file}: set AGENTAO_ROOT to what the server has, or make a new "
+            "database with `db check`"
+        )
 
 
 def _row(row: SessionRow) -> dict[str, t.Any]:
     fields = dataclasses.asdict(row)
     tenant, user, sid = fields.pop("key")
     return {"tenant": tenant, "user": user, "session_id": sid, **fields}
+
+
+def _print(value: dict[str, t.Any]) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _found(store: Store, key: SessionKey) -> SessionRow:
@@ -274,12 +306,12 @@ def _transcript(store: Store, key: SessionKey) -> list[dict[str, t.Any]]:
     more = True
     while more:
         page = store.transcript(key, before=None, after=len(entries), limit=500)
-        entries, more = entries + page.messages, page.more
+        entries += page.messages
+        more = page.more
     return entries
 
 
 def _delete(read: Read, key: SessionKey, timeout: float) -> None:
-    settings = read()
     with _store(read) as store:
         if not store.tombstone(key):
             raise click.ClickException("no such session")
@@ -289,8 +321,37 @@ def _delete(read: Read, key: SessionKey, timeout: float) -> None:
             if time.monotonic() > until:
                 raise click.ClickException("its turn still runs; it is removed when that ends")
             time.sleep(0.1)  # Between two looks at the database.
+        _remove(store, read(), key)
+
+
+def _prune(read: Read, before: float) -> int:
+    count = 0
+    with _store(read) as store:
+        while keys := store.prune(before):
+            for key in keys:
+                _remove(store, read(), key)
+            count += len(keys)
+    return count
+
+
+def _remove(store: Store, settings: Settings, key: SessionKey) -> None:
+    """Finish a deletion, unless a server was faster: then it may be a new session by now."""
+    row = store.session(key)
+    if row is not None and row.deleting:
         Workspaces(settings.root, settings.workspace).forget(key)
         store.delete(key)
+
+
+def _backup(read: Read, file: Path) -> None:
+    if file.exists():
+        raise click.ClickException(f"{file} is there already; a backup is a new file")
+    with _store(read) as store:
+        try:
+            store.backup(file)
+        except (OSError, sqlite3.Error) as exc:
+            with contextlib.suppress(OSError):
+                file.unlink()
+            raise click.ClickException(f"{file} cannot be written: {exc}") from None
 
 
 _commands(main, _environment, lambda function: function)

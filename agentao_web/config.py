@@ -64,6 +64,9 @@ class Settings:
         30.0, "Seconds a stalled reader may block a stream before it is dropped.", above=0
     )
     session_ttl: float = _setting(1800.0, "Seconds an idle session stays in memory.", above=0)
+    conversation_ttl: float | None = _setting(
+        None, "Seconds after which an unused session is deleted; unset means never.", above=0
+    )
     max_sessions: int = _setting(500, "Sessions in memory per worker.", least=1)
     max_sessions_per_tenant: int | None = _setting(
         None, "Stored sessions per tenant; unset means no limit.", least=1
@@ -174,6 +177,10 @@ def _count(value: t.Any) -> int:
     return int(value)
 
 
+def _maybe_number(value: t.Any) -> float | None:
+    return None if value in (None, "") else _number(value)
+
+
 def _maybe_text(value: t.Any) -> str | None:
     return None if value in (None, "") else str(value)
 
@@ -210,6 +217,7 @@ _READERS: dict[str, cabc.Callable[[t.Any], t.Any]] = {
     "Path": _path,
     "tuple[str, ...]": _keys,
     "float": _number,
+    "float | None": _maybe_number,
     "int": _count,
     "int | None": _maybe_count,
     "str | None": _maybe_text,

@@ -6,6 +6,7 @@ import collections.abc as cabc
 import logging
 import os
 import weakref
+from pathlib import Path
 
 from flask import Flask
 from werkzeug.routing import Rule
@@ -76,9 +77,9 @@ class AgentaoWeb:
 
 def open_store(settings: Settings) -> Store:
     """The store of these settings; nothing is opened before it is used."""
-    url = settings.database_url or f"sqlite:///{settings.root / 'agentao-web.db'}"
+    url: str | Path = settings.database_url or settings.root / "agentao-web.db"
     most, log_bytes = settings.max_sessions_per_tenant, settings.log_bytes
-    if url.startswith("memory:"):
+    if str(url).startswith("memory:"):
         return MemoryStore(max_per_tenant=most, log_bytes=log_bytes)
     return SqlStore(url, max_per_tenant=most, log_bytes=log_bytes)
 

@@ -18,6 +18,7 @@ from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.log import EventLog
 from agentao_web.core.log import Slice
+from agentao_web.core.log import is_ahead
 from agentao_web.core.transcript import Transcript
 from agentao_web.core.turn import ENDED
 from agentao_web.core.turn import Outcome
@@ -457,7 +458,8 @@ class Live:
                 self._cond.wait(left)
 
     def _news(self, reader: Audience) -> bool:
-        if self.closed or reader.cursor is None or reader.cursor != self.head:
+        cursor, head = reader.cursor, self.head
+        if self.closed or cursor is None or cursor < head or is_ahead(cursor, head):
             return True
         return reader.turn is not None and reader.turn.final is not None
 

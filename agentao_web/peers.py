@@ -26,6 +26,8 @@ from agentao_web.store import Store
 _TAIL, _SLOW_TAIL = 0.2, 2.0
 #: How often a worker shows a sign of life: this part of its lease, and at least so often (seconds).
 _BEAT_PART, _BEAT = 0.3, 3.0
+#: How often old sessions are looked for, in seconds.
+_PRUNE: t.Final = 60.0
 #: A worker that cannot beat stops its own turns after this part of its lease.
 _CAUTION: t.Final = 0.7
 
@@ -54,6 +56,7 @@ class Peers:
         house: Household,
         *,
         lease: float,
+        ttl: float | None = None,
         clock: cabc.Callable[[], float],
         log: logging.Logger,
     ) -> None:
@@ -62,11 +65,13 @@ class Peers:
         self._books = books
         self._house = house
         self._lease = lease
+        self._ttl = ttl
         self._interval = min(_BEAT, lease * _BEAT_PART)
         self._clock = clock
         self._log = log
         self._beaten = 0.0
         self._looked = 0.0
+        self._pruned = float("-inf")
         self._closed = threading.Event()
         self._nudge = threading.Event()
         self._thread: threading.Thread | None = None
@@ -106,6 +111,19 @@ class Peers:
                 self._aside(functools.partial(self._reap, orphan))
             for key in self._store.doomed():
                 self._aside(functools.partial(self._house.remove, key))
+        if self._ttl is not None and now - self._pruned >= _PRUNE:
+            self._pruned = now
+            self._aside(functools.partial(self._prune, now - self._ttl))
+
+    def _prune(self, before: float) -> None:
+        try:
+            while not self._closed.is_set() and (keys := self._store.prune(before)):
+                for key in keys:
+                    if self._closed.is_set():
+                        return
+                    self._house.remove(key)
+        except StoreUnavailable:
+            pass  # Those with a tombstone are doomed, the others are found again.
 
     def _beat(self, now: float) -> None:
         try:

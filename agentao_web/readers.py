@@ -19,6 +19,7 @@ import typing as t
 from agentao_web.core.errors import NotFound
 from agentao_web.core.log import Event
 from agentao_web.core.log import Slice
+from agentao_web.core.log import is_ahead
 from agentao_web.core.log import joined
 from agentao_web.live import Live
 from agentao_web.live import LiveTurn
@@ -98,7 +99,8 @@ class Reader:
     @property
     def caught_up(self) -> bool:
         """Whether the session is idle and this reader has everything."""
-        return self.live.state() == "idle" and self.cursor == self.live.head
+        idle, cursor, head = self.live.state() == "idle", self.cursor, self.live.head
+        return idle and cursor is not None and cursor >= head and not is_ahead(cursor, head)
 
     def read(self, *, limit: int, max_bytes: int) -> list[Event]:
         """What there is after the cursor, text joined, and move the cursor past it.

@@ -19,6 +19,7 @@ from agentao_web.core import limits
 from agentao_web.core.errors import Draining
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import SessionBusy
+from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.errors import TooManySessions
 from agentao_web.core.errors import TooManyTurns
 from agentao_web.core.log import Event
@@ -68,6 +69,8 @@ class Caps(t.Protocol):
     def drain_grace(self) -> float: ...
     @property
     def session_ttl(self) -> float: ...
+    @property
+    def conversation_ttl(self) -> float | None: ...
     @property
     def max_sessions(self) -> int: ...
     @property
@@ -135,6 +138,7 @@ class SessionPool:
             self._books,
             self,
             lease=caps.worker_lease,
+            ttl=caps.conversation_ttl,
             clock=self.clock,
             log=self._log,
         )
@@ -288,13 +292,15 @@ class SessionPool:
             turn, live = found
             return Started(live, turn_id, turn.cursor, _status(turn.turn), turn)
         live = self.find(key)
-        ended = self.store.ended(key, turn_id)
-        if ended is not None:
-            return Started(live, turn_id, ended.cursor, str(ended.final.data["status"]))
+        # In this order: a turn that ends between the two questions is found by the second.
         for active in self.store.active(key):
             if active.id == turn_id:
                 return Started(live, turn_id, active.cursor, active.state)
-        raise NotFound("the turn of that Idempotency-Key is gone")
+        ended = self.store.ended(key, turn_id)
+        if ended is not None:
+            return Started(live, turn_id, ended.cursor, str(ended.final.data["status"]))
+        # It was cancelled while it waited, and never was in the log.
+        return Started(live, turn_id, live.head, State.CANCELLED.value)
 
     def _admit(self, key: SessionKey, turn: Turn) -> tuple[Live, LiveTurn, LiveTurn | None]:
         while True:
@@ -447,14 +453,16 @@ class SessionPool:
 
     def _watch_time(self) -> None:
         while not self._closed.is_set():
+            try:
+                self.tick(self.clock())
+            except StoreUnavailable:
+                pass  # The store has said so in the log, and is asked again.
+            except Exception:
+                self._log.exception("the janitor stumbled")
             self._nudge.wait(_TICK if self._books.turns else _SLOW_TICK)
             self._nudge.clear()
             if self._books.turns:
                 self._closed.wait(_TICK / 2)
-            try:
-                self.tick(self.clock())
-            except Exception:
-                self._log.exception("the janitor stumbled")
 
     def tick(self, now: float) -> None:
         """Look at every deadline once: turns, readers that left, idle sessions."""

@@ -106,6 +106,7 @@ class TestCaps:
     disconnect_grace: float = 10.0
     drain_grace: float = 5.0
     session_ttl: float = 1800.0
+    conversation_ttl: float | None = None
     max_sessions: int = 100
     max_sessions_per_tenant: int | None = None
     max_turns: int = 16

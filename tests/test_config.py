@@ -24,6 +24,12 @@ def test_text_of_the_environment_and_values_of_an_app_read_the_same() -> None:
     assert Settings.from_mapping(text) == Settings.from_mapping(values)
 
 
+@pytest.mark.parametrize(("value", "ttl"), [("", None), (None, None), ("86400", 86400.0), (5, 5.0)])
+def test_conversations_are_kept_for_ever_unless_told(value: object, ttl: float | None) -> None:
+    assert Settings.from_mapping({}).conversation_ttl is None
+    assert Settings.from_mapping({"AGENTAO_CONVERSATION_TTL": value}).conversation_ttl == ttl
+
+
 def test_keys_are_newest_first() -> None:
     keys = "the-newest-one-of-all, and-an-older-one-too"
     assert Settings.from_mapping({"AGENTAO_SECRET_KEYS": keys}).secret_keys == (
@@ -38,6 +44,10 @@ def test_keys_are_newest_first() -> None:
         ("AGENTAO_TURN_TIMEOUT", "0"),
         ("AGENTAO_TURN_TIMEOUT", "nan"),
         ("AGENTAO_TURN_TIMEOUT", True),
+        ("AGENTAO_CONVERSATION_TTL", "0"),
+        ("AGENTAO_CONVERSATION_TTL", "90 days"),
+        ("AGENTAO_CONVERSATION_TTL", "inf"),
+        ("AGENTAO_CONVERSATION_TTL", True),
         ("AGENTAO_MAX_TURNS", "1.5"),
         ("AGENTAO_MAX_TURNS", 1.5),
         ("AGENTAO_DRAIN_GRACE", "-1"),

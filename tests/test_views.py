@@ -63,6 +63,12 @@ class Web:
         data = body if isinstance(body, bytes | str) else json.dumps(body or {})
         return self.client.post(self.prefix + path, data=data, headers=self.headers(who, **named))
 
+    def patch(self, path: str, body: t.Any, who: Principal | None = None, **headers: str) -> t.Any:
+        named = {k.replace("_", "-"): v for k, v in headers.items()}
+        named.setdefault("Content-Type", "application/json")
+        data = body if isinstance(body, bytes | str) else json.dumps(body)
+        return self.client.patch(self.prefix + path, data=data, headers=self.headers(who, **named))
+
     def delete(self, path: str, who: Principal | None = None) -> t.Any:
         return self.client.delete(self.prefix + path, headers=self.headers(who))
 
@@ -482,6 +488,239 @@ def test_two_tenants_and_users_with_one_session_id_never_meet(web: Make) -> None
     assert w.delete("/session/s", who=people[0]).json == {"ok": True}
     assert w.get("/session/s", who=people[1]).status_code == 200
     assert len({str(p) for p in w.agents.principals}) == 3
+
+
+def test_a_session_can_be_given_a_title(web: Make) -> None:
+    w = web()
+    w.ask("the first words")
+    assert w.get("/session/s").json["title"] == "the first words"
+    named = w.patch("/session/s", {"title": "  Plans \n for\tMay  "})
+    assert (named.status_code, named.json) == (200, {"session_id": "s", "title": "Plans for May"})
+    assert w.get("/session/s").json["title"] == "Plans for May"
+    assert w.patch("/session/s", {"title": "é" * 200}).status_code == 200
+    w.ask("more words")
+    assert w.get("/session/s").json["title"] == "é" * 200, "a turn does not change it"
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "title"),
+        ({"title": ""}, "title"),
+        ({"title": " \n\t"}, "title"),
+        ({"title": "x" * 201}, "title"),
+        ({"title": None}, "title"),
+        ({"title": 1}, "title"),
+        ({"title": ["x"]}, "title"),
+        ({"title": "a\0b"}, "title"),
+        ('{"title": "\\ud800"}', "title"),
+        ({"title": "x", "pinned": True}, "pinned"),
+        ({"Title": "x"}, "Title"),
+        ("[]", "body"),
+        ("{", "body"),
+        (b"", "body"),
+    ],
+)
+def test_a_bad_title_is_refused_and_changes_nothing(web: Make, body: t.Any, field: str) -> None:
+    w = web()
+    w.ask("as it was")
+    error = assert_error(w.patch("/session/s", body), 400, "invalid_request")
+    assert error["details"]["field"] == field
+    assert w.get("/session/s").json["title"] == "as it was"
+
+
+def test_only_your_own_session_can_be_given_a_title(web: Make) -> None:
+    w = web()
+    w.ask("mine")
+    assert_error(w.patch("/session/none", {"title": "x"}), 404, "not_found")
+    bob = w.patch("/session/s", {"title": "x"}, Principal("acme", "bob"))
+    assert_error(bob, 404, "not_found")
+    assert_error(w.patch("/session/-", {"title": "x"}), 400, "invalid_request")
+    wrong = w.patch("/session/s", {"title": "x"}, Content_Type="text/plain")
+    assert_error(wrong, 415, "unsupported_media_type")
+    assert_error(w.client.patch("/session/s", json={"title": "x"}), 401, "unauthorized")
+    assert w.get("/session/s").json["title"] == "mine"
+
+
+def ids(page: t.Any) -> list[str]:
+    return [session["session_id"] for session in page.json["sessions"]]
+
+
+def test_sessions_are_your_own_and_the_newest_first(web: Make) -> None:
+    w = web()
+    people = [Principal("acme", "ann"), Principal("acme", "bob"), Principal("acme")]
+    assert w.get("/sessions").json == {"sessions": [], "next": None}
+    for n in range(3):
+        for who in people:
+            headers = {"Accept": "application/json", "Prefer": "wait=20"}
+            body = {"message": f"{who.user} {n}"}
+            assert w.post(f"/chat/s{n}", body, who, **headers).status_code == 200
+    w.ask("again", sid="s0")
+    page = w.get("/sessions")
+    assert ids(page) == ["s0", "s2", "s1"]
+    assert page.json["next"] is None
+    assert page.json["sessions"][0] == {
+        name: w.get("/session/s0").json[name]
+        for name in ("session_id", "title", "created_at", "updated_at", "turns", "usage")
+    }
+    assert page.json["sessions"][0]["turns"] == 2
+    assert [s["title"] for s in w.get("/sessions", people[1]).json["sessions"]] == [
+        "bob 2",
+        "bob 1",
+        "bob 0",
+    ]
+    w.delete("/session/s2")
+    assert ids(w.get("/sessions")) == ["s0", "s1"]
+    assert ids(w.get("/sessions", people[2])) == ["s2", "s1", "s0"]
+
+
+def test_sessions_come_in_pages(web: Make) -> None:
+    w = web()
+    for n in range(5):
+        w.ask(sid=f"s{n}")
+    seen: list[str] = []
+    query = {"limit": "2"}
+    for size in (2, 2, 1):
+        page = w.client.get("/sessions", query_string=query, headers=w.headers())
+        assert len(ids(page)) == size
+        seen += ids(page)
+        query["page"] = page.json["next"]
+    assert (seen, query["page"]) == (["s4", "s3", "s2", "s1", "s0"], None)
+    assert w.get("/sessions?limit=5").json["next"] is None, "none is left"
+    assert len(ids(w.get("/sessions?limit=1"))) == 1
+    assert len(ids(w.get("/sessions?limit=200"))) == 5
+
+
+@pytest.mark.parametrize("limit", ["0", "201", "-1", "x", ""])
+def test_a_bad_limit_of_sessions_says_so(web: Make, limit: str) -> None:
+    error = assert_error(web().get(f"/sessions?limit={limit}"), 400, "invalid_request")
+    assert error["details"]["field"] == "limit"
+
+
+@pytest.mark.parametrize("page", ["", "x", "5", "~s", "nan~s", "inf~s", "1e999~s", "5~-", "5~a/b"])
+def test_a_bad_page_of_sessions_says_so(web: Make, page: str) -> None:
+    error = assert_error(web().get(f"/sessions?page={page}"), 400, "invalid_request")
+    assert error["details"]["field"] == "page"
+
+
+# -- the same request again --------------------------------------------------------------------
+
+AGAIN = {"Idempotency_Key": "k-1", "Accept": "application/json"}
+
+
+def test_a_repeated_stream_replays_the_turn(web: Make) -> None:
+    w = web()
+    first, again = (
+        sse(w.post("/chat/s", {"message": "hi"}, Idempotency_Key="k-1")) for _ in range(2)
+    )
+    assert types(first) == ["turn_begin", "llm_text", "done"]
+    assert {e["turn_id"] for e in again} == {first[0]["turn_id"]}
+    assert [again[0], again[-1]] == [first[0], first[-1]]
+    assert text_of(again) == text_of(first) == "hello"
+    assert w.get("/session/s").json["turns"] == 1
+
+
+def text_of(events: list[dict[str, t.Any]]) -> str:
+    return "".join(e["data"]["chunk"] for e in events if e["type"] == "llm_text")
+
+
+def test_a_repeated_request_joins_the_turn_that_runs(web: Make) -> None:
+    gate = Gate()
+    w = web(pause(gate), say("once"))
+    first = w.post("/chat/s", {"message": "hi"}, **AGAIN)
+    gate.reached()
+    again = w.post("/chat/s", {"message": "hi"}, **AGAIN)
+    assert (first.status_code, again.status_code) == (202, 202)
+    assert again.json == first.json
+    assert again.headers["Location"] == first.headers["Location"]
+    gate.open()
+    waited = w.post("/chat/s", {"message": "hi"}, Prefer="wait=20", **AGAIN)
+    assert (waited.status_code, waited.json["reply"]) == (200, "once")
+    assert waited.json["turn_id"] == first.json["turn_id"]
+    assert w.get("/session/s").json["turns"] == 1
+
+
+def test_a_repeated_request_joins_the_turn_that_waits(web: Make) -> None:
+    gate = Gate()
+    w = web(say("hello"), by={"first": [pause(gate)]})
+    w.post("/chat/s", {"message": "first"}, Accept="application/json")
+    gate.reached()
+    body = {"message": "second", "on_busy": "queue"}
+    first, again = (w.post("/chat/s", body, **AGAIN) for _ in range(2))
+    assert (again.json["status"], again.json) == ("queued", first.json)
+    assert len(w.get("/session/s").json["queued"]) == 1
+    gate.open()
+    waited = w.post("/chat/s", body, Prefer="wait=20", **AGAIN)
+    assert (waited.json["turn_id"], waited.json["reply"]) == (first.json["turn_id"], "hello")
+
+
+def test_a_repeated_request_is_answered_with_how_the_turn_ended(web: Make) -> None:
+    w = web(by={"fail": [end("llm_error")]})
+    for message, status in (("hi", "completed"), ("fail", "failed")):
+        headers = {**AGAIN, "Idempotency_Key": message}
+        first = w.post("/chat/s", {"message": message}, Prefer="wait=20", **headers)
+        again = w.post("/chat/s", {"message": message}, **headers)
+        assert (again.status_code, again.json["status"]) == (200, status)
+        assert again.json == first.json
+
+
+def test_another_body_with_the_same_key_is_a_conflict(web: Make) -> None:
+    """The bytes count: what is the same JSON may be another request."""
+    w = web()
+    body = '{"message": "hi"}'
+    assert w.post("/chat/s", body, Prefer="wait=20", **AGAIN).status_code == 200
+    for other in ('{"message":"hi"}', '{"message": "ho"}', body + " "):
+        assert_error(w.post("/chat/s", other, **AGAIN), 409, "idempotency_conflict")
+    assert w.post("/chat/s", body.encode(), **AGAIN).status_code == 200
+    assert w.get("/session/s").json["turns"] == 1
+
+
+def test_a_key_is_of_one_session_and_one_user(web: Make) -> None:
+    w = web()
+    bob = Principal("acme", "bob")
+    turns = [
+        w.post(path, {"message": message}, who, Prefer="wait=20", **AGAIN).json["turn_id"]
+        for path, message, who in (
+            ("/chat/a", "1", None),
+            ("/chat/b", "2", None),
+            ("/chat/a", "3", bob),
+        )
+    ]
+    assert len(set(turns)) == 3
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "k\té", "é", "x" * 256])
+def test_a_bad_key_is_400_and_starts_nothing(web: Make, key: str) -> None:
+    w = web()
+    refused = w.post("/chat/s", {"message": "hi"}, Idempotency_Key=key)
+    error = assert_error(refused, 400, "invalid_request")
+    assert error["details"]["field"] == "Idempotency-Key"
+    assert_error(w.get("/session/s"), 404, "not_found")
+    longest = w.post("/chat/s", {"message": "hi"}, Idempotency_Key="x" * 255)
+    assert sse(longest)[-1]["type"] == "done"
+
+
+def test_a_refusal_stores_nothing_under_the_key(web: Make) -> None:
+    gate = Gate()
+    w = web(say("hello"), by={"first": [pause(gate)]})
+    first = w.post("/chat/s", {"message": "first"}, Accept="application/json").json
+    gate.reached()
+    assert_error(w.post("/chat/s", {"message": "refused"}, **AGAIN), 409, "session_busy")
+    assert_error(w.post("/chat/s", {"message": ""}, **AGAIN), 400, "invalid_request")
+    gate.open()
+    w.ask("between", on_busy="queue")
+    taken = w.post("/chat/s", {"message": "another body"}, Prefer="wait=20", **AGAIN)
+    assert (taken.status_code, taken.json["reply"]) == (200, "hello")
+    assert taken.json["turn_id"] != first["turn_id"]
+
+
+def test_delete_forgets_the_keys(web: Make) -> None:
+    w = web()
+    first = w.post("/chat/s", {"message": "hi"}, Prefer="wait=20", **AGAIN)
+    w.delete("/session/s")
+    other = w.post("/chat/s", {"message": "something else"}, Prefer="wait=20", **AGAIN)
+    assert other.status_code == 200
+    assert other.json["turn_id"] != first.json["turn_id"]
 
 
 # -- who is asking -----------------------------------------------------------------------------

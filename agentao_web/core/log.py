@@ -149,9 +149,8 @@ class EventLog:
         events: list[Event] = []
         if cursor is None:
             cursor = self.base
-        elif not self.covers(cursor):
-            reason = "pruned" if cursor < self.base else "ahead_of_log"
-            events.append(gap(cursor, self.base, reason))
+        elif (lost := gap_at(cursor, self.base, self.head)) is not None:
+            events.append(lost)
             cursor = self.base
         start = bisect_right(self._events, cursor, key=_seq)
         size = 0
@@ -169,6 +168,22 @@ class EventLog:
 
 def _seq(event: Event) -> int:
     return t.cast(int, event.seq)
+
+
+def is_ahead(cursor: int, head: int) -> bool:
+    """Whether *cursor* is from another life of the log.
+
+    A little ahead in the same generation is not: whoever reads where the log is written sees it
+    before the store does, and may ask another worker next.
+    """
+    return cursor > head and cursor >> GENERATION_BITS > head >> GENERATION_BITS
+
+
+def gap_at(cursor: int, base: int, head: int) -> Event | None:
+    """What a reader at *cursor* has to be told of a log that is kept from *base* to *head*."""
+    if cursor < base:
+        return gap(cursor, base, "pruned")
+    return gap(cursor, base, "ahead_of_log") if is_ahead(cursor, head) else None
 
 
 def gap(from_: int, to: int, reason: str) -> Event:

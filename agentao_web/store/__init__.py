@@ -264,8 +264,12 @@ class Store(t.Protocol):
     def revocations(self) -> list[Revocation]:
         """Everything that was revoked."""
 
-    def prune(self, before: float) -> int:
-        """Remove sessions not updated since *before*, but none with a turn; how many."""
+    def prune(self, before: float) -> list[SessionKey]:
+        """Put a tombstone on sessions not updated since *before*, but on none with a turn; which.
+
+        It takes so many at a time, the oldest first, and none twice. The caller removes them, their
+        own folders too; until then they are doomed.
+        """
 
     # -- workers -------------------------------------------------------------------------------
 

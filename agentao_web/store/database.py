@@ -64,7 +64,7 @@ class _Opened:
 class Database:
     """One database, by URL; see the module."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str | Path) -> None:
         self._url = _checked(url)
         self._lock = threading.Lock()
         self._opened: _Opened | None = None
@@ -160,18 +160,18 @@ class Database:
             self._inherited.append(opened.engine.pool)
         opened.engine.dispose(close=opened.pid == os.getpid())
 
+    def _options(self, kind: str) -> dict[str, t.Any]:
+        if self.is_sqlite or kind != "read":
+            return {}
+        return {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+
     def _new(self) -> _Opened:
         if self.is_sqlite and not self._seen:
             # Only once: a file that has gone is not replaced by an empty one behind our back.
             _create_file(_path(self._url))
         engine = _sqlite(self._url) if self.is_sqlite else _postgres(self._url)
-        kinds = {kind: engine.execution_options(agentao=kind) for kind in _SQLITE_BEGIN}
-        turnstile: contextlib.AbstractContextManager[t.Any] = contextlib.nullcontext()
-        if self.is_sqlite:
-            turnstile = _Turnstile()
-        else:
-            options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-            kinds["read"] = kinds["read"].execution_options(**options)
+        kinds = {k: engine.execution_options(agentao=k, **self._options(k)) for k in _SQLITE_BEGIN}
+        turnstile = _Turnstile() if self.is_sqlite else contextlib.nullcontext()
         try:
             _ensure_schema(kinds)
             opened = _Opened(os.getpid(), engine, kinds, self._file(), turnstile)
@@ -182,7 +182,7 @@ class Database:
         return opened
 
 
-class _Turnstile:
+class _Turnstile(contextlib.AbstractContextManager[None]):
     """A lock one waits for only so long."""
 
     def __init__(self) -> None:
@@ -199,7 +199,10 @@ class _Turnstile:
 # -- engines -----------------------------------------------------------------------------------
 
 
-def _checked(url: str) -> sa.URL:
+def _checked(url: str | Path) -> sa.URL:
+    if isinstance(url, Path):
+        # As it is: in a URL, "%20" or "?" would not be a part of the name.
+        return sa.URL.create("sqlite", database=str(url))
     try:
         parsed = sa.make_url(url)
     except exc.ArgumentError:

@@ -44,6 +44,8 @@ _TITLE_LENGTH = 80
 _EPOCH, _PER_SECOND = 1_767_225_600, 16
 #: How long an Idempotency-Key is kept.
 KEY_SECONDS: t.Final = 24 * 3600.0
+#: Sessions pruned at a time: others want to write meanwhile.
+PRUNED: t.Final = 100
 
 
 def generation_seed(now: float) -> int:
@@ -323,12 +325,15 @@ class MemoryStore:
         with self._lock:
             return [Revocation(*whose, before) for whose, before in self._revoked.items()]
 
-    def prune(self, before: float) -> int:
+    def prune(self, before: float) -> list[SessionKey]:
         with self._lock:
-            old = [k for k, r in self._records.items() if r.row.updated < before and not _active(r)]
-            for key in old:
-                self._forget(key)
-        return len(old)
+            rows = [r.row for r in self._records.values() if not _active(r) and not r.row.deleting]
+            old = sorted((r for r in rows if r.updated < before), key=lambda row: row.updated)
+            keys = [row.key for row in old[:PRUNED]]
+            for key in keys:
+                record = self._records[key]
+                record.row = dataclasses.replace(record.row, deleting=True)
+        return keys
 
     # -- workers -------------------------------------------------------------------------------
 

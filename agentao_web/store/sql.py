@@ -24,7 +24,7 @@ from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.log import Slice
 from agentao_web.core.log import first_seq
-from agentao_web.core.log import gap
+from agentao_web.core.log import gap_at
 from agentao_web.core.names import SessionKey
 from agentao_web.store import ActiveTurn
 from agentao_web.store import Claim
@@ -41,6 +41,7 @@ from agentao_web.store import TurnRow
 from agentao_web.store import steps
 from agentao_web.store.database import Database
 from agentao_web.store.memory import KEY_SECONDS
+from agentao_web.store.memory import PRUNED
 from agentao_web.store.memory import FoundOrphan
 from agentao_web.store.memory import KnownKey
 from agentao_web.store.memory import added
@@ -65,8 +66,6 @@ _Row = steps.Row
 _TRIES: t.Final = 3
 #: Sessions asked for in one statement: SQLite takes 32,766 parameters.
 _KEYS: t.Final = 10_000
-#: Sessions removed in one transaction: others want to write meanwhile.
-_PRUNED: t.Final = 100
 
 _MINE = signals.c.worker == sa.bindparam("worker")
 _ANY_SIGNAL = sa.select(signals.c.id).where(_MINE).limit(1)
@@ -82,12 +81,13 @@ _SIGNALS = (
 class SqlStore:
     """See the module. Nothing is opened before the first use, which must come after the fork.
 
+    *url* may be the path of an SQLite file, with any character in it.
     *clock* is SQLite's clock for heartbeats, and that of the idempotency keys on both.
     """
 
     def __init__(
         self,
-        url: str,
+        url: str | Path,
         *,
         max_per_tenant: int | None = None,
         log_bytes: int = 4 * 2**20,
@@ -253,9 +253,9 @@ class SqlStore:
             session = steps.known(db, key)
             cursor = session.base if after is None else after
             found: list[Event] = []
-            if not session.base <= cursor <= session.head:
-                reason = "pruned" if cursor < session.base else "ahead_of_log"
-                found.append(gap(cursor, session.base, reason))
+            lost = gap_at(cursor, session.base, session.head)
+            if lost is not None:
+                found.append(lost)
                 cursor = session.base
             if cursor < session.head:
                 found += steps.part(db, session, cursor, limit - len(found), max_bytes)
@@ -319,18 +319,17 @@ class SqlStore:
             rows = db.execute(sa.select(revocations)).all()
         return [Revocation(r.tenant, None if r.everyone else r.user, r.before) for r in rows]
 
-    def prune(self, before: float) -> int:
-        old = sa.select(sessions.c.id).where(sessions.c.updated < before, ~steps.BUSY)
-        some = old.order_by(sessions.c.id).limit(_PRUNED).with_for_update()
-        total = 0
-        while True:
-            with self._db.write() as db:
-                ids = db.execute(some).scalars().all()
-                # Asked again now that they are locked: one may have got a turn meanwhile.
-                gone = sa.delete(sessions).where(sessions.c.id.in_(ids), ~steps.BUSY)
-                total += db.execute(gone).rowcount
-            if len(ids) < _PRUNED:
-                return total
+    def prune(self, before: float) -> list[SessionKey]:
+        idle = sa.and_(sessions.c.updated < before, ~sessions.c.deleting, ~steps.BUSY)
+        some = sa.select(sessions).where(idle).order_by(sessions.c.updated).limit(PRUNED)
+        with self._db.write() as db:
+            ids = [row.id for row in db.execute(some.with_for_update())]
+            # Asked again now that they are locked: one may have got a turn meanwhile.
+            found = sa.select(sessions).where(sessions.c.id.in_(ids), idle)
+            rows = db.execute(found.order_by(sessions.c.updated)).all()
+            gone = sessions.c.id.in_([row.id for row in rows])
+            db.execute(sa.update(sessions).where(gone).values(deleting=True))
+        return [steps.key_of(row) for row in rows]
 
     # -- workers -------------------------------------------------------------------------------
 

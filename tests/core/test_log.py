@@ -83,6 +83,13 @@ def test_a_cursor_ahead_of_the_log_gets_a_gap_then_what_there_is() -> None:
     assert part.cursor == first_seq(3) + 1
 
 
+def test_a_cursor_a_little_ahead_has_seen_what_the_store_has_not() -> None:
+    """Its reader was served by the worker that writes; this is another one's view."""
+    log = make(["a"])
+    part = log.after(first_seq(3) + 9, limit=10, max_bytes=10**6)
+    assert (part.events, part.cursor) == ([], first_seq(3) + 9)
+
+
 def test_joined_text_has_the_last_seq_and_stops_at_anything_else() -> None:
     log = make(["a", "b"])
     log.add(log.number(Draft("tool_start", {"call_id": "1"}), "t1", 1.0))

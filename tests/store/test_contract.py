@@ -235,6 +235,7 @@ def test_a_cursor_ahead_of_the_log_is_a_gap_too(store: Store) -> None:
     held = run(store, "t1")
     first = log(store, first_seq(held.generation + 5))[0]
     assert (first.type, first.data["reason"]) == ("gap", "ahead_of_log")
+    assert log(store, first_seq(held.generation) + 99) == [], "only a little ahead of the store"
 
 
 def test_events_come_back_as_they_went_in(store: Store) -> None:
@@ -698,10 +699,27 @@ def test_old_sessions_are_pruned_and_those_with_a_turn_are_not(store: Store) -> 
     enqueue(store, "t2")
     store.finish(held, ending(held, 2))
     run(store, "t1", SessionKey("acme", "ann", "new"), now=5.0)
-    assert store.prune(5.0) == 230
+    pruned: list[SessionKey] = []
+    while some := store.prune(5.0):
+        pruned += some
+    assert sorted(key.id for key in pruned) == sorted(f"old{n}" for n in range(230))
+    assert sorted(store.doomed()) == sorted(pruned), "until somebody has removed them"
+    with pytest.raises(SessionBusy):
+        claim(store, "again", pruned[0])
+    for key in pruned:
+        store.delete(key)
     left = {row.key.id for row in store.sessions("acme", "ann", before=None, limit=999)}
     assert left == {"running", "s", "new"}
-    assert store.prune(5.0) == 0
+    assert (store.prune(5.0), store.doomed()) == ([], [])
+
+
+def test_the_oldest_sessions_are_pruned_first(store: Store) -> None:
+    for n in range(120):
+        held = claim(store, f"t{n}", SessionKey("acme", "ann", f"s{n}"))
+        store.finish(held, ending(held, 2, now=float(200 - n)))
+    first, second = store.prune(500.0), store.prune(500.0)
+    assert [key.id for key in first + second] == [f"s{n}" for n in reversed(range(120))]
+    assert 0 < len(second) < len(first), "the others want to write meanwhile"
 
 
 def test_what_was_revoked_stays_revoked(store: Store) -> None:
