@@ -21,7 +21,9 @@ def _setting(default: t.Any, help_: str, **limits: t.Any) -> t.Any:
 class Settings:
     """Every setting: its name without ``AGENTAO_``, in lower case; seconds, counts, bytes."""
 
-    root: Path = _setting(Path("agentao-root"), "Folder of the workspaces; made if need be.")
+    root: Path = _setting(
+        Path("agentao-root"), "Folder of the workspaces and the database; made if need be."
+    )
     database_url: str | None = _setting(
         None,
         "Where sessions live: postgresql://…, sqlite:///…, or memory: for tests; unset means "

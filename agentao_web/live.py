@@ -307,6 +307,12 @@ class Live:
         with self._cond:
             return self._log.number(draft, live.turn.id, self.clock())
 
+    def disown(self) -> None:
+        """Somebody else writes here now: only what is in the store ever was."""
+        with self._cond:
+            self._log = EventLog(max_bytes=self._log_bytes, head=self._stored)
+            self._remote_head = self._stored
+
     def end(self, live: LiveTurn, outcome: Outcome, final: Event) -> LiveTurn | None:
         """Show how *live* ended and return the turn whose time has come, if any."""
         with self._cond:

@@ -103,6 +103,10 @@ class Peers:
 
     def look(self, now: float) -> None:
         """Beat, and close what dead workers left, each when its time has come."""
+        if self.overslept():
+            # This whole process stood still: others have taken over what was ours.
+            for turn, live in self._books.running():
+                self._runner.lose(live, turn)
         if now - self._beaten >= self._interval:
             self._beat(now)
         if now - self._looked >= self._interval / 2:
@@ -125,10 +129,15 @@ class Peers:
         except StoreUnavailable:
             pass  # Those with a tombstone are doomed, the others are found again.
 
+    def overslept(self) -> bool:
+        """Whether our last sign of life is so long ago that our claims are not ours any more."""
+        return self._clock() - self._beaten >= self._lease
+
     def _beat(self, now: float) -> None:
         try:
+            begun = self._clock()
             self._store.beat(self._runner.worker)
-            self._beaten = now
+            self._beaten = begun
         except StoreUnavailable:
             if now - self._beaten < self._lease * _CAUTION:
                 return

@@ -295,6 +295,18 @@ class Runner:
         self.go_on(live, self._commit(live, turn, outcome, None))
         return lost
 
+    def lose(self, live: Live, turn: LiveTurn) -> None:
+        """Another worker has taken *turn*'s session over: stop it, and forget what was not stored.
+
+        Its thread ends by itself, and writes nothing any more.
+        """
+        self.stop(live, turn, "worker_lost")
+        if turn.claim is None or not live.close_turn(turn, abandoned=True):
+            return
+        self._books.abandon(1)
+        live.disown()
+        self.go_on(live, self._show(live, turn, Outcome(State.FAILED, "worker_lost"), None))
+
     def reap(self, orphan: Orphan) -> None:
         """End the turn of a dead worker: in its log, in the transcript, in what the model reads."""
         claim = self._store.take_over(orphan, self.worker)

@@ -13,6 +13,7 @@ import typing as t
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from flask import Flask
 from werkzeug.test import Client
 
@@ -21,6 +22,7 @@ from agentao_web import config
 from agentao_web import shutdown
 from agentao_web import testing
 from agentao_web import workers
+from agentao_web.cli import main
 from agentao_web.wire import openapi
 from docs import build
 from tests.live.harness import Server
@@ -239,6 +241,42 @@ def curls(page: str) -> list[list[str]]:
     texts = [block.text for block in blocks("sh") if block.page == page]
     lines = "\n".join(texts).replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines if line.startswith("curl ")]
+
+
+def test_every_command_of_the_storage_page_works(
+    ended: cabc.Callable[[Flask], Flask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    settings = {"AGENTAO_ROOT": str(root), "AGENTAO_SECRET_KEYS": "a-long-and-random-text"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+
+    def serve() -> Flask:
+        app = ended(Flask("server"))
+        app.config.update(settings)
+        agents = testing.scripted(testing.say("hello"))
+        ann = agentao_web.Principal("acme", "ann")
+        agentao_web.AgentaoWeb(authenticate=lambda request: ann, agents=agents).init_app(app)
+        return app
+
+    app = serve()
+    for sid in ("chat-1", "chat-2"):
+        answer = app.test_client().post(f"/chat/{sid}", json={"message": "hi"}, headers=WAIT)
+        assert answer.status_code == 200
+    text = "".join(block.text for block in blocks("sh") if block.page == "storage.md")
+    commands = [line for line in text.splitlines() if not line.startswith(("export", "gunicorn"))]
+    for command in commands:
+        if command.startswith("agentao-web "):
+            words = shlex.split(command.partition(" > ")[0])[1:]
+            done = CliRunner().invoke(main, words, catch_exceptions=False)
+            assert done.exit_code == 0, (command, done.output)
+        else:
+            shutdown(app, grace=2)  # "stop every worker, then"
+            subprocess.run(command, shell=True, check=True)
+    assert len(commands) == 12
+    again = serve().test_client()
+    assert again.get("/session/chat-1", headers=WAIT).status_code == 200
+    assert again.get("/session/chat-2", headers=WAIT).status_code == 404
 
 
 @pytest.mark.live

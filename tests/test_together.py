@@ -317,6 +317,27 @@ def test_a_dead_workers_queue_is_not_run(crew: Crew) -> None:
     one.pool.cancel(one.key())
 
 
+def test_a_worker_that_overslept_forgets_what_only_it_knows(crew: Crew) -> None:
+    """It stood still past its lease, and another one closed its turn meanwhile."""
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        if request.message == "long":
+            until_stopped(agent, request, stage)
+
+    one, two = crew(script, script, worker_lease=4.5)
+    lost = one.start("long")
+    two.pool.find(two.key())
+    die(one)
+    assert final(two, elsewhere(two, lost)).extra["error"]["code"] == "worker_lost"
+    one.pool._closed.clear()  # It wakes up.
+    one.pool._peers._beaten -= 100
+    live = one.pool.find(one.key())
+    with Reader(live, one.store, 0) as reader:
+        seen = reader.read(limit=100, max_bytes=10**6)
+    assert [(e.seq, e.type) for e in seen] == [(e.seq, e.type) for e in two.log()]
+    assert final(one, lost).extra["error"]["code"] == "worker_lost"
+
+
 def test_a_worker_that_cannot_beat_stops_its_own_turns_first(crew: Crew) -> None:
     (one,) = crew(until_stopped, worker_lease=4.5)
     started = one.start()
@@ -370,3 +391,87 @@ def test_two_at_the_same_moment_are_one_turn(crew: Crew) -> None:
     for thread in threads:
         thread.join(PATIENCE)
     assert (len(ids), len(set(ids))) == (8, 1)
+
+
+# -- retention ---------------------------------------------------------------------------------
+
+
+def until_gone(probe: Probe, *sids: str) -> None:
+    """Until the thread that removes them has done so."""
+    until = probe.pool.clock() + PATIENCE
+    while any(probe.store.session(probe.key(sid)) is not None for sid in sids):
+        assert probe.pool.clock() < until, "still there"
+        threading.Event().wait(0.02)
+
+
+def test_old_conversations_go_with_their_folders_and_no_turn_is_lost(crew: Crew) -> None:
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        (until_stopped if request.message == "busy" else say_ok)(agent, request, stage)
+
+    one, two = crew(script, script, conversation_ttl=3600.0, turn_timeout=1e6)
+    one.run(sid="old")
+    two.run(sid="older")
+    busy = two.start("busy", sid="busy")
+    live = one.pool.find(one.key("old"))
+    one.pool.read_here(live)
+    with Reader(live, one.store, live.head) as reader:
+        two.pool.tick(two.pool.clock() + 3700)
+        until_gone(two, "old", "older")
+        until = live.clock() + PATIENCE
+        events: list[Event] = []
+        while not reader.told and live.clock() < until:
+            reader.wait(until)
+            events = reader.read(limit=9, max_bytes=10**6)
+    assert events[-1].data["reason"] == "session_deleted", "who reads it is told"
+    forgotten = {key.id for probe in (one, two) for key in probe.agents.forgotten}
+    assert forgotten == {"old", "older"}
+    assert two.store.session(two.key("busy")) is not None
+    two.pool.cancel(two.key("busy"))
+    assert final(two, busy).data["reason"] == "cancelled_by_user"
+    for probe in (one, two):
+        assert probe.run("a new life", sid="old").data["status"] == "completed"
+    assert len(one.store.history(one.key("old")).messages) == 4
+
+
+def test_old_conversations_are_looked_for_once_a_minute() -> None:
+    probe = Probe(conversation_ttl=3600.0)
+    asked: list[float] = []
+    came = threading.Semaphore(0)
+
+    def prune(before: float) -> list[t.Any]:
+        asked.append(before)
+        came.release()
+        return []
+
+    probe.store.prune = prune
+    for now, times in ((10_000.0, 1), (10_059.0, 0), (10_060.0, 1), (10_119.9, 0), (10_121.0, 1)):
+        probe.pool.tick(now)
+        for _ in range(times):
+            assert came.acquire(timeout=PATIENCE)
+    probe.pool.drain(grace=1)
+    assert asked == [6400.0, 6460.0, 6521.0]
+
+
+def test_conversations_are_kept_unless_told() -> None:
+    probe = Probe()
+    probe.run()
+    probe.store.prune = None  # Asking it would break the tick.
+    probe.pool.tick(probe.pool.clock() + 10**9)
+    assert probe.store.session(probe.key()) is not None
+    probe.pool.drain(grace=1)
+
+
+def test_a_store_that_is_down_is_asked_again_later(caplog: pytest.LogCaptureFixture) -> None:
+    probe = Probe(conversation_ttl=3600.0)
+    came = threading.Semaphore(0)
+
+    def prune(before: float) -> t.NoReturn:
+        came.release()
+        raise StoreUnavailable
+
+    probe.store.prune = prune
+    for now in (10_000.0, 10_060.0):
+        probe.pool.tick(now)
+        assert came.acquire(timeout=PATIENCE)
+    probe.pool.drain(grace=1)
+    assert not caplog.records
