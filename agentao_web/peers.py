@@ -111,6 +111,7 @@ class Peers:
             self._beat(now)
         if now - self._looked >= self._interval / 2:
             self._looked = now
+            self._runner.close_ours()
             for orphan in self._store.orphans(self._lease):
                 self._aside(functools.partial(self._reap, orphan))
             for key in self._store.doomed():

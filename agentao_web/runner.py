@@ -188,6 +188,8 @@ class Runner:
     ) -> None:
         self.worker = ""
         """Who writes the rows: a fresh name per process."""
+        self.unclosed: list[Orphan] = []
+        """Our own turns whose claim or end the store may not have: to be closed when it is back."""
         self.writer = writer
         self._store = store
         self._agents = agents
@@ -218,11 +220,28 @@ class Runner:
             "queued_ms": int((now - turn.turn.created) * 1000),
         }
         opening = Draft("turn_begin", data)
-        claim = self._store.claim(live.key, self.row(turn), opening, now, self.use(turn))
+        try:
+            claim = self._store.claim(live.key, self.row(turn), opening, now, self.use(turn))
+        except StoreUnavailable:
+            # Its commit may have gone through all the same.
+            self._leave_open(live, turn)
+            raise
         if live.agent is not None and live.agent_version != claim.version:
             # Another worker went on with this conversation.
             self.drop_agent(live)
         call(live.begin(turn, claim), turn.turn.stop_reason or "")
+
+    def _leave_open(self, live: Live, turn: LiveTurn) -> None:
+        self.unclosed.append(Orphan(live.key, turn.turn.id, True, turn.cursor))
+
+    def close_ours(self) -> None:
+        """Close our own turns that the store could not, now that it is back; raises if it is not.
+
+        One whose commit had gone through keeps its true outcome.
+        """
+        while self.unclosed:
+            self.reap(self.unclosed[0], "store_unavailable")
+            self.unclosed.pop(0)
 
     def start(self, live: Live, turn: LiveTurn) -> None:
         """Run *turn*, which holds a slot, and those queued behind it."""
@@ -307,8 +326,8 @@ class Runner:
         live.disown()
         self.go_on(live, self._show(live, turn, Outcome(State.FAILED, "worker_lost"), None))
 
-    def reap(self, orphan: Orphan) -> None:
-        """End the turn of a dead worker: in its log, in the transcript, in what the model reads."""
+    def reap(self, orphan: Orphan, code: str = "worker_lost") -> None:
+        """End a turn nobody runs: in its log, in the transcript, in what the model reads."""
         claim = self._store.take_over(orphan, self.worker)
         if claim is None:
             return
@@ -318,13 +337,13 @@ class Runner:
             transcript.add(event)
             if event.type == "turn_begin":
                 message = event.data["message"]
-        outcome = Outcome(State.FAILED, "worker_lost")
+        outcome = Outcome(State.FAILED, code)
         draft, now = terminal(outcome, duration_ms=0), self._clock()
         final = Event(claim.opening.seq, orphan.turn_id, draft.type, draft.data, now, draft.extra)
         entries = transcript.closed(outcome.status.value) if transcript.entries else []
         appended = self._note(message, transcript) if message else []
         self._store.finish(claim, Finish([final], outcome, entries, appended, False, now))
-        self._log.warning("turn %s was lost with its worker, and is closed", orphan.turn_id)
+        self._log.warning("turn %s was left open, and is closed: %s", orphan.turn_id, code)
 
     def _events_of(self, orphan: Orphan) -> cabc.Iterator[Event]:
         cursor = orphan.cursor
@@ -471,6 +490,7 @@ class Runner:
         except ClaimLost:
             outcome, final = Outcome(State.FAILED, "worker_lost"), None
         except StoreUnavailable:
+            self._leave_open(live, turn)
             outcome, final = Outcome(State.FAILED, "store_unavailable"), None
         except Exception:
             outcome, final = self._broken(turn), None

@@ -317,6 +317,51 @@ def test_a_dead_workers_queue_is_not_run(crew: Crew) -> None:
     one.pool.cancel(one.key())
 
 
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_turn_the_store_could_not_end_is_ended_when_it_is_back(
+    crew: Crew, committed: bool
+) -> None:
+    """With its true outcome, if the commit had gone through and only the answer was lost."""
+    (one,) = crew(say_ok)
+    good = one.store.finish
+
+    def finish(*args: t.Any) -> t.NoReturn:
+        if committed:
+            good(*args)
+        raise StoreUnavailable
+
+    one.store.finish = finish  # type: ignore[method-assign]
+    told = final(one, one.start("first"))
+    assert (told.seq, told.extra["error"]["code"]) == (None, "store_unavailable")
+    one.store.finish = good  # type: ignore[method-assign]
+    one.pool._peers._looked = 0.0
+    one.pool.tick(one.pool.clock())
+    assert one.store.active(one.key()) == []
+    last = one.log()[-1]
+    assert last.data["status"] == ("completed" if committed else "failed")
+    assert one.run("second").data["status"] == "completed"
+    users = [m["content"] for m in one.store.history(one.key()).messages if m["role"] == "user"]
+    assert users == ["first", "second"]
+
+
+def test_a_claim_whose_answer_was_lost_does_not_block_the_session(crew: Crew) -> None:
+    (one,) = crew(say_ok)
+    good = one.store.claim
+
+    def claim(*args: t.Any) -> t.NoReturn:
+        good(*args)
+        raise StoreUnavailable
+
+    one.store.claim = claim  # type: ignore[method-assign]
+    with pytest.raises(StoreUnavailable):
+        one.start("first")
+    one.store.claim = good  # type: ignore[method-assign]
+    one.pool._peers._looked = 0.0
+    one.pool.tick(one.pool.clock())
+    assert one.log()[-1].extra["error"]["code"] == "store_unavailable"
+    assert one.run("second").data["status"] == "completed"
+
+
 def test_a_worker_that_overslept_forgets_what_only_it_knows(crew: Crew) -> None:
     """It stood still past its lease, and another one closed its turn meanwhile."""
 

@@ -7,7 +7,9 @@ import collections.abc as cabc
 import itertools
 import json
 import logging
+import time
 import typing as t
+from pathlib import Path
 
 import pytest
 from flask import Flask
@@ -601,6 +603,20 @@ def test_a_bad_limit_of_sessions_says_so(web: Make, limit: str) -> None:
 def test_a_bad_page_of_sessions_says_so(web: Make, page: str) -> None:
     error = assert_error(web().get(f"/sessions?page={page}"), 400, "invalid_request")
     assert error["details"]["field"] == "page"
+
+
+def test_an_old_session_goes_with_its_own_folder(web: Make) -> None:
+    w = web(workspace="session", conversation_ttl=3600)
+    w.ask()
+    folder = Path(w.agents.agents[0]._transport._workspace)
+    (folder / "notes.txt").write_text("mine")
+    pool = pool_of(w.app)
+    pool.tick(pool.clock() + 3700)
+    until = time.monotonic() + 20
+    while w.get("/session/s").status_code == 200 or pool.store.session(pool_key()) is not None:
+        assert time.monotonic() < until, "still there"
+    assert not folder.exists()
+    assert w.ask("a new life")["status"] == "completed"
 
 
 # -- the same request again --------------------------------------------------------------------
