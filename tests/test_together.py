@@ -453,7 +453,7 @@ def test_old_conversations_go_with_their_folders_and_no_turn_is_lost(crew: Crew)
     def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
         (until_stopped if request.message == "busy" else say_ok)(agent, request, stage)
 
-    one, two = crew(script, script, conversation_ttl=3600.0, turn_timeout=1e6)
+    one, two = crew(script, script, conversation_ttl=3600.0, turn_timeout=1e6, worker_lease=60.0)
     one.run(sid="old")
     two.run(sid="older")
     busy = two.start("busy", sid="busy")
