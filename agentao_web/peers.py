@@ -172,19 +172,20 @@ class Peers:
             self._closed.wait(_TAIL)
 
     def _anyone_waits(self) -> bool:
-        return bool(self._books.turns) or any(live.watched for live in self._house.sessions())
+        return bool(self._books.turns) or any(map(_matters, self._house.sessions()))
 
     def tail(self) -> None:
         """Ask once: heads of what is watched here, ends of claims, signals to us."""
         parked = dict(self._books.parked)
-        watched = {live.key: live for live in self._house.sessions() if live.watched}
+        watched = {live.key: live for live in self._house.sessions() if _matters(live)}
         watched |= {live.key: live for live in parked.values()}
         rows = self._store.heads(watched.keys()) if watched else {}
         for key, live in watched.items():
             row = rows.get(key)
-            if row is not None:
+            if row is not None and (row.deleting or not live.deleting):
                 live.tail(row)
-            elif live.head:
+            elif live.head or live.deleting:
+                # Gone, and perhaps there is a new one: ours would refuse turns for ever.
                 self._house.forget(live)
         # Asked after the heads and obeyed before anyone starts: who cancels a running turn and a
         # queued one does both at once, and must not see the queued one begin.
@@ -214,3 +215,8 @@ class Peers:
         if turn is not None and live.noticed != turn:
             live.noticed = turn
             self._store.signal(live.key, "read_elsewhere", but=self._runner.worker)
+
+
+def _matters(live: Live) -> bool:
+    """Whether we have to know what becomes of this session elsewhere."""
+    return live.watched or live.deleting

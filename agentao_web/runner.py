@@ -319,12 +319,17 @@ class Runner:
 
         Its thread ends by itself, and writes nothing any more.
         """
-        self.stop(live, turn, "worker_lost")
-        if turn.claim is None or not live.close_turn(turn, abandoned=True):
+        if turn.claim is None:
             return
-        self._books.abandon(1)
-        live.disown()
-        self.go_on(live, self._show(live, turn, Outcome(State.FAILED, "worker_lost"), None))
+        _, callbacks = live.stop(turn, "worker_lost")
+        # Closed before it is stopped: it must not come to an end of its own.
+        if live.close_turn(turn, abandoned=True):
+            self._books.abandon(1)
+            live.disown()
+            # If nobody was there to take it over, it is ours to close.
+            self._leave_open(live, turn)
+            self.go_on(live, self._show(live, turn, Outcome(State.FAILED, "worker_lost"), None))
+        call(callbacks, "worker_lost")
 
     def reap(self, orphan: Orphan, code: str = "worker_lost") -> None:
         """End a turn nobody runs: in its log, in the transcript, in what the model reads."""
@@ -488,6 +493,7 @@ class Runner:
         try:
             final = self._write(live, turn, outcome, agent)
         except ClaimLost:
+            live.disown()
             outcome, final = Outcome(State.FAILED, "worker_lost"), None
         except StoreUnavailable:
             self._leave_open(live, turn)

@@ -161,7 +161,8 @@ class SessionPool:
         """The session as it is now, in memory; NotFound if there is none."""
         self._wake_up()
         live = self.peek(key)
-        if live is not None and live.owned and not self._peers.overslept():
+        overslept = self._peers.overslept()
+        if live is not None and live.owned and not overslept:
             return live
         if self._closed.is_set():
             raise Draining
@@ -169,7 +170,7 @@ class SessionPool:
         if row is None or row.deleting:
             raise NotFound("no such session")
         live = live or self._open(key, row.head)
-        if live.owned:
+        if overslept and live.owned:
             # We stood still for too long, and the janitor has not come yet.
             for turn in live.turns():
                 self._runner.lose(live, turn)

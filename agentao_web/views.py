@@ -274,7 +274,8 @@ def snapshot(parts: Parts, key: SessionKey) -> Response:
 def rename(parts: Parts, key: SessionKey) -> Response:
     if request.mimetype != "application/json":
         raise UnsupportedMediaType
-    title = requests.title(request.get_data())
+    title = requests.title(_body())
+    parts.pool.find(key)
     parts.pool.store.rename(key, title)
     return jsonify(session_id=key.id, title=title)
 
@@ -311,6 +312,7 @@ def messages(parts: Parts, key: SessionKey) -> Response:
     if before is not None and after is not None:
         raise InvalidRequest("give before or after, not both", field="after")
     limit = requests.number(request.args.get("limit"), "limit", least=1, most=_MAX_PAGE) or _PAGE
+    parts.pool.find(key)
     page = parts.pool.store.transcript(key, before=before, after=after, limit=limit)
     return jsonify(messages=page.messages, more=page.more)
 

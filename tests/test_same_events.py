@@ -132,7 +132,8 @@ def test_every_way_of_reading_gives_the_same_events(
         for reader in readers:
             reader.start()
         for n in range(1, len(scripts)):
-            random.Random(seed + n).choice((one, two)).run(f"{n}")
+            ended = random.Random(seed + n).choice((one, two)).run(f"{n}")
+            assert ended.data["status"] == "completed", ended
         last.set()
         for reader in readers:
             reader.join(PATIENCE)

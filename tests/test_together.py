@@ -215,6 +215,23 @@ def test_delete_works_from_any_worker(crew: Crew) -> None:
     assert len(one.store.history(one.key()).messages) == 2
 
 
+def test_an_id_is_free_again_on_the_worker_that_ran_what_another_deleted(crew: Crew) -> None:
+    one, two = crew(until_stopped, say_ok)
+    started = one.start()
+    assert two.pool.delete(two.key(), timeout=PATIENCE)
+    final(one, started)
+    one.agents.script = say_ok
+    until = one.pool.clock() + PATIENCE
+    while True:
+        try:
+            new = one.start("new life")
+            break
+        except SessionBusy:
+            assert one.pool.clock() < until, "refused for ever"
+            one.pool._peers.tail()
+    assert final(one, new).data["status"] == "completed"
+
+
 def test_a_reader_is_told_when_another_worker_deletes(crew: Crew) -> None:
     one, two = crew()
     one.run()
@@ -293,7 +310,7 @@ def test_a_dead_workers_turn_is_closed_and_told(crew: Crew) -> None:
     assert "may or may not have taken effect: pay" in contents[3]
     gate.opened.set()
     mine = final(one, lost)
-    assert (mine.seq, mine.extra["error"]["code"]) == (None, "worker_lost"), "fenced"
+    assert mine.extra["error"]["code"] == "worker_lost", "fenced"
     assert "too late" not in str(two.log())
     seqs = [e.seq for e in two.log()]
     assert seqs == sorted(set(seqs))
@@ -360,6 +377,18 @@ def test_a_claim_whose_answer_was_lost_does_not_block_the_session(crew: Crew) ->
     one.pool.tick(one.pool.clock())
     assert one.log()[-1].extra["error"]["code"] == "store_unavailable"
     assert one.run("second").data["status"] == "completed"
+
+
+def test_a_worker_that_overslept_alone_closes_its_own_turn(crew: Crew) -> None:
+    (one,) = crew(until_stopped, worker_lease=4.5)
+    lost = one.start("long")
+    one.pool._peers._beaten -= 100
+    one.pool._peers._looked = 0.0
+    one.pool.tick(one.pool.clock())
+    assert final(one, lost).extra["error"]["code"] == "worker_lost"
+    assert one.store.active(one.key()) == []
+    one.agents.script = say_ok
+    assert one.run("next").data["status"] == "completed"
 
 
 def test_a_worker_that_overslept_forgets_what_only_it_knows(crew: Crew) -> None:

@@ -228,8 +228,9 @@ class Store(t.Protocol):
         before: tuple[float, str] | None,
         limit: int,
     ) -> list[SessionRow]:
-        """Sessions, last updated first; *before* is (updated, id) of the last one seen.
+        """Sessions without a tombstone, last updated first.
 
+        *before* is (updated, id) of the last one seen.
         None for *tenant* or *user* means all of them: for the operator, never for a request.
         """
 
@@ -256,7 +257,10 @@ class Store(t.Protocol):
         """Refuse new turns from now on; False if there is no such session."""
 
     def delete(self, key: SessionKey) -> None:
-        """Remove every row of the session, its idempotency keys too. Harmless twice."""
+        """Remove every row of a session with a tombstone, its idempotency keys too.
+
+        Harmless twice, and for one without: it may be a new session of that name by now.
+        """
 
     def revoke(self, tenant: str, user: str | None, before: float) -> None:
         """Tokens of the tenant, or of one *user* of it, issued before that moment are void."""

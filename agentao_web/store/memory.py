@@ -261,7 +261,7 @@ class MemoryStore:
             return row.updated, row.key.id
 
         with self._lock:
-            rows = [record.row for record in self._records.values()]
+            rows = [r.row for r in self._records.values() if not r.row.deleting]
         rows = [
             row
             for row in rows
@@ -313,7 +313,9 @@ class MemoryStore:
 
     def delete(self, key: SessionKey) -> None:
         with self._lock:
-            self._forget(key)
+            record = self._records.get(key)
+            if record is not None and record.row.deleting:
+                self._forget(key)
 
     def revoke(self, tenant: str, user: str | None, before: float) -> None:
         with self._lock:

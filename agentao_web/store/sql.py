@@ -227,7 +227,7 @@ class SqlStore:
         before: tuple[float, str] | None,
         limit: int,
     ) -> list[SessionRow]:
-        found = sa.select(sessions)
+        found = sa.select(sessions).where(sa.not_(sessions.c.deleting))
         for column, name in ((sessions.c.tenant, tenant), (sessions.c.user, user)):
             if name is not None:
                 found = found.where(column == name)
@@ -299,7 +299,8 @@ class SqlStore:
     def delete(self, key: SessionKey) -> None:
         with self._db.write() as db:
             # The other tables' rows go with it.
-            db.execute(sa.delete(sessions).where(sessions.c.name == steps.name_of(key)))
+            doomed = sa.and_(sessions.c.name == steps.name_of(key), sessions.c.deleting)
+            db.execute(sa.delete(sessions).where(doomed))
 
     def revoke(self, tenant: str, user: str | None, before: float) -> None:
         whose = {"tenant": tenant, "everyone": user is None, "user": user or ""}

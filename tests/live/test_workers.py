@@ -199,7 +199,7 @@ def test_a_worker_that_slept_past_its_lease_cannot_write(
         model.release()
         assert client.ask("s", "say the other worker went on")["status"] == "completed"
         after = client.read("s")
-        assert after[: len(before)] == before
+        assert after[: len(before)] == before, json.dumps([before, after], indent=1)
         assert [e["type"] for e in after if e["type"] in ("done", "error")] == ["error", "done"]
 
 

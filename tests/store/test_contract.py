@@ -119,6 +119,11 @@ def at_once(count: int, work: cabc.Callable[[int], None]) -> None:
         raise failed[0]
 
 
+def remove(store: Store, key: SessionKey = KEY) -> None:
+    store.tombstone(key)
+    store.delete(key)
+
+
 def text(held: Claim, n: int, chunk: str) -> Event:
     return Event(first_seq(held.generation) + n, held.turn_id, "llm_text", {"chunk": chunk}, 2.0)
 
@@ -189,7 +194,7 @@ def test_of_fifty_claims_at_once_one_wins(two: tuple[Store, Store]) -> None:
 def test_generations_only_go_up_also_over_sessions_and_deletes(store: Store) -> None:
     first = run(store, "t1")
     other = run(store, "t2", SessionKey("acme", "bob", "s"))
-    store.delete(KEY)
+    remove(store, KEY)
     again = run(store, "t3")
     assert first.generation < other.generation < again.generation
 
@@ -327,7 +332,7 @@ def test_nothing_is_written_under_a_claim_that_is_gone(store: Store, how: str) -
     stale = claim(store, "t1")
     store.finish(stale, ending(stale, 2))
     if how == "deleted":
-        store.delete(KEY)
+        remove(store, KEY)
     if how == "taken":
         claim(store, "t2")
     before = log(store) if how != "deleted" else []
@@ -577,7 +582,7 @@ def test_of_the_same_key_at_once_one_wins_and_the_others_join(two: tuple[Store, 
 def test_a_key_is_forgotten_with_its_session(store: Store) -> None:
     held = claim(store, "t1", use=USE)
     store.finish(held, ending(held, 2))
-    store.delete(KEY)
+    remove(store, KEY)
     assert store.accepted(KEY, USE) is None
     claim(store, "t2", use=OTHER_BODY)
 
@@ -614,10 +619,19 @@ def test_a_tombstone_refuses_new_turns_and_spares_the_running_one(store: Store) 
         claim(store, "t4")
 
 
-def test_delete_removes_every_row_and_is_harmless_twice(store: Store) -> None:
+def test_delete_spares_a_session_without_a_tombstone(store: Store) -> None:
+    """Somebody else was faster with the old one, and this is a new one of that name."""
     run(store, "t1")
     store.delete(KEY)
-    store.delete(KEY)
+    assert store.session(KEY) is not None
+    store.tombstone(KEY)
+    assert store.sessions("acme", "ann", before=None, limit=9) == []
+
+
+def test_delete_removes_every_row_and_is_harmless_twice(store: Store) -> None:
+    run(store, "t1")
+    remove(store, KEY)
+    remove(store, KEY)
     assert store.session(KEY) is None
     assert not store.tombstone(KEY)
     assert store.history(KEY).messages == []
@@ -642,7 +656,7 @@ def test_a_session_with_a_tombstone_is_doomed_once_it_is_quiet(store: Store) -> 
     assert store.doomed() == []
     store.dequeue(KEY, "t2")
     assert store.doomed() == [KEY]
-    store.delete(KEY)
+    remove(store, KEY)
     assert store.doomed() == []
 
 
@@ -707,7 +721,7 @@ def test_old_sessions_are_pruned_and_those_with_a_turn_are_not(store: Store) -> 
     with pytest.raises(SessionBusy):
         claim(store, "again", pruned[0])
     for key in pruned:
-        store.delete(key)
+        remove(store, key)
     left = {row.key.id for row in store.sessions("acme", "ann", before=None, limit=999)}
     assert left == {"running", "s", "new"}
     assert (store.prune(5.0), store.doomed()) == ([], [])
@@ -792,7 +806,7 @@ def test_signals_go_with_the_worker_and_with_the_session(store: Store) -> None:
     store.signal(KEY, "cancelled_by_user", but="")
     store.leave("worker-1")
     assert store.signals("worker-1") == []
-    store.delete(KEY)
+    remove(store, KEY)
     assert store.signals("worker-2") == []
 
 
@@ -921,7 +935,7 @@ def test_an_orphan_that_lives_again_is_left_alone(store: Store) -> None:
     held = claim(store, "t2")
     assert store.take_over(queued, "janitor") is None
     store.finish(held, ending(held, 2))
-    store.delete(KEY)
+    remove(store, KEY)
     assert store.take_over(running, "janitor") is None
     assert store.take_over(queued, "janitor") is None
 
@@ -985,7 +999,7 @@ def test_the_same_names_are_another_session_for_another(store: Store) -> None:
         held = claim(store, "t1", key, use=USE)
         assert held.head == 0
         store.finish(held, ending(held, 2))
-    store.delete(KEY)
+    remove(store, KEY)
     assert [store.accepted(key, USE) for key in (KEY, *OTHERS)] == [None, "t1", "t1"]
 
 

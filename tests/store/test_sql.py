@@ -35,6 +35,7 @@ from tests.store.test_contract import claim
 from tests.store.test_contract import ending
 from tests.store.test_contract import enqueue
 from tests.store.test_contract import log
+from tests.store.test_contract import remove
 from tests.store.test_contract import run
 from tests.store.test_contract import text
 
@@ -101,12 +102,12 @@ def test_everything_is_there_after_a_restart_and_no_number_is_used_again(
     before = open_store(url)
     first = run(before, "t1")
     run(before, "t2", SessionKey("acme", "ann", "gone"))
-    before.delete(SessionKey("acme", "ann", "gone"))
+    remove(before, SessionKey("acme", "ann", "gone"))
     kept = before.session(KEY), log(before), before.history(KEY), before.ended(KEY, "t1")
     before.close()
     store = open_store(url)
     assert (store.session(KEY), log(store), store.history(KEY), store.ended(KEY, "t1")) == kept
-    store.delete(KEY)
+    remove(store, KEY)
     assert run(store, "t3").generation == first.generation + 2
 
 
@@ -175,7 +176,7 @@ def test_delete_leaves_no_row_behind(url: str, open_store: Open) -> None:
     claim(store, "t2")
     enqueue(store, "t3")
     store.signal(KEY, "cancelled_by_user", but="")
-    store.delete(KEY)
+    remove(store, KEY)
     with raw(url) as connection:
         for table in tables.metadata.sorted_tables:
             count = connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
