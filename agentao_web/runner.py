@@ -188,7 +188,7 @@ class Runner:
     ) -> None:
         self.worker = ""
         """Who writes the rows: a fresh name per process."""
-        self.unclosed: list[Orphan] = []
+        self.unclosed: list[tuple[Orphan, str]] = []
         """Our own turns whose claim or end the store may not have: to be closed when it is back."""
         self.writer = writer
         self._store = store
@@ -224,15 +224,15 @@ class Runner:
             claim = self._store.claim(live.key, self.row(turn), opening, now, self.use(turn))
         except StoreUnavailable:
             # Its commit may have gone through all the same.
-            self._leave_open(live, turn)
+            self._leave_open(live, turn, "store_unavailable")
             raise
         if live.agent is not None and live.agent_version != claim.version:
             # Another worker went on with this conversation.
             self.drop_agent(live)
         call(live.begin(turn, claim), turn.turn.stop_reason or "")
 
-    def _leave_open(self, live: Live, turn: LiveTurn) -> None:
-        self.unclosed.append(Orphan(live.key, turn.turn.id, True, turn.cursor))
+    def _leave_open(self, live: Live, turn: LiveTurn, code: str) -> None:
+        self.unclosed.append((Orphan(live.key, turn.turn.id, True, turn.cursor), code))
 
     def close_ours(self) -> None:
         """Close our own turns that the store could not, now that it is back; raises if it is not.
@@ -240,7 +240,7 @@ class Runner:
         One whose commit had gone through keeps its true outcome.
         """
         while self.unclosed:
-            self.reap(self.unclosed[0], "store_unavailable")
+            self.reap(*self.unclosed[0])
             self.unclosed.pop(0)
 
     def start(self, live: Live, turn: LiveTurn) -> None:
@@ -327,7 +327,7 @@ class Runner:
             self._books.abandon(1)
             live.disown()
             # If nobody was there to take it over, it is ours to close.
-            self._leave_open(live, turn)
+            self._leave_open(live, turn, "worker_lost")
             self.go_on(live, self._show(live, turn, Outcome(State.FAILED, "worker_lost"), None))
         call(callbacks, "worker_lost")
 
@@ -496,7 +496,7 @@ class Runner:
             live.disown()
             outcome, final = Outcome(State.FAILED, "worker_lost"), None
         except StoreUnavailable:
-            self._leave_open(live, turn)
+            self._leave_open(live, turn, "store_unavailable")
             outcome, final = Outcome(State.FAILED, "store_unavailable"), None
         except Exception:
             outcome, final = self._broken(turn), None
