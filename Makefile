@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := $(if $(OPENAI_API_KEY),,--demo)
 BIND ?= 127.0.0.1:8000
 
-.PHONY: run test check long bench clean
+.PHONY: run test check long bench debian clean
 
 run: $(VENV)/.run
 	@$(BIN)/agentao-web serve $(DEMO) --bind $(BIND)
@@ -14,12 +14,12 @@ run: $(VENV)/.run
 test: check
 	$(BIN)/python -m pytest -n 2 -m "not long"
 
-check: $(VENV)/.test
+check: $(VENV)/.test debian
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-long: $(VENV)/.test
+long: $(VENV)/.test debian
 	$(BIN)/python -m pytest -m long
 
 bench: $(VENV)/.test
@@ -33,6 +33,14 @@ $(VENV)/.run: pyproject.toml
 $(VENV)/.test: $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
+
+# What the tests need of Debian: a PostgreSQL of their own, and openssl for a certificate.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+debian:
+	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 && command -v openssl >/dev/null || \
+	  { $(SUDO) apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends \
+	      postgresql openssl >/dev/null; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
