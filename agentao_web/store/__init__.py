@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import dataclasses
+import types
 import typing as t
 
 from agentao_web.core.log import Draft
@@ -58,6 +59,28 @@ class Claim:
     """The session's version: an agent that has another one is out of date."""
     head: int = 0
     """The last ``seq`` of the log before this claim; 0 for a new session."""
+
+
+#: Nothing more was said than how a question was closed.
+NO_ANSWER: t.Final[cabc.Mapping[str, t.Any]] = types.MappingProxyType({})
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionRow:
+    """Something an agent asked a person; the row, not a clock, says whether it is open."""
+
+    id: str
+    turn_id: str
+    kind: str
+    """tool_confirmation, ask_user_requested or more_steps."""
+    data: cabc.Mapping[str, t.Any]
+    """As the event has it."""
+    expires: float
+    outcome: str | None = None
+    """approved, denied, answered, expired or cancelled; None while it is open."""
+    by: str | None = None
+    answer: cabc.Mapping[str, t.Any] = dataclasses.field(default_factory=dict)
+    """What was answered, ``remember`` included."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,13 +230,44 @@ class Store(t.Protocol):
         """Write a batch to the log; ClaimLost if the claim is no longer ours."""
 
     def finish(self, claim: Claim, finish: Finish) -> None:
-        """The terminal transaction, which also releases the claim; ClaimLost as above."""
+        """The terminal transaction, which also releases the claim; ClaimLost as above.
+
+        Questions of the turn that are still open are cancelled, by ``turn_ended``.
+        """
 
     def active(self, key: SessionKey) -> list[ActiveTurn]:
         """The running turn, if any, then the queued ones in their order."""
 
     def ended(self, key: SessionKey, turn_id: str) -> EndedTurn | None:
         """How a turn ended, for one who joins it later; None if it has not, or is unknown."""
+
+    # -- questions -----------------------------------------------------------------------------
+
+    def ask(self, claim: Claim, question: QuestionRow) -> None:
+        """Commit an open question of the claim's turn; ClaimLost if the claim is no longer ours.
+
+        Harmless twice: one that was closed meanwhile stays closed.
+        """
+
+    def questions(self, key: SessionKey) -> list[QuestionRow]:
+        """The open ones, oldest first; empty for an unknown session."""
+
+    def question(self, key: SessionKey, question_id: str) -> QuestionRow | None:
+        """One of them, open or closed; None if there is none."""
+
+    def settle(
+        self,
+        key: SessionKey,
+        question_id: str,
+        outcome: str,
+        *,
+        by: str,
+        answer: cabc.Mapping[str, t.Any] = NO_ANSWER,
+    ) -> QuestionRow:
+        """Close the question if it is open; NotFound for an unknown one.
+
+        Returns the row as it stands then, whoever closed it: of several at once, one wins.
+        """
 
     # -- reading -------------------------------------------------------------------------------
 

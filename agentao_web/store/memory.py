@@ -25,6 +25,7 @@ from agentao_web.core.log import EventLog
 from agentao_web.core.log import Slice
 from agentao_web.core.log import first_seq
 from agentao_web.core.names import SessionKey
+from agentao_web.store import NO_ANSWER
 from agentao_web.store import ActiveTurn
 from agentao_web.store import AlreadyAccepted
 from agentao_web.store import Claim
@@ -34,6 +35,7 @@ from agentao_web.store import History
 from agentao_web.store import KeyUse
 from agentao_web.store import MessagePage
 from agentao_web.store import Orphan
+from agentao_web.store import QuestionRow
 from agentao_web.store import Revocation
 from agentao_web.store import SessionRow
 from agentao_web.store import Signal
@@ -46,6 +48,8 @@ _EPOCH, _PER_SECOND = 1_767_225_600, 16
 KEY_SECONDS: t.Final = 24 * 3600.0
 #: Sessions pruned at a time: others want to write meanwhile.
 PRUNED: t.Final = 100
+#: Outcome of a question whose turn has ended, and who closed it.
+TURN_ENDED: t.Final[dict[str, t.Any]] = {"outcome": "cancelled", "by": "turn_ended"}
 
 
 def generation_seed(now: float) -> int:
@@ -126,6 +130,7 @@ class _Record:
     ended: dict[str, EndedTurn | None] = dataclasses.field(default_factory=dict)
     """None for a queued turn that was ended for its worker: it must not begin any more."""
     keys: dict[str, KnownKey] = dataclasses.field(default_factory=dict)
+    questions: dict[str, QuestionRow] = dataclasses.field(default_factory=dict)
     transcript: list[dict[str, t.Any]] = dataclasses.field(default_factory=list)
     history: list[str] = dataclasses.field(default_factory=list)
     epoch: int = 0
@@ -223,6 +228,10 @@ class MemoryStore:
                 record.history = []
             record.history.extend(messages)
             record.ended[claim.turn_id] = EndedTurn(finish.events[-1], record.cursor)
+            for question in _open(record):
+                if question.turn_id == claim.turn_id:
+                    ended = dataclasses.replace(question, **TURN_ENDED)
+                    record.questions[question.id] = ended
             record.running = record.generation = None
             record.row = dataclasses.replace(
                 record.row,
@@ -241,6 +250,46 @@ class MemoryStore:
         with self._lock:
             record = self._records.get(key)
             return None if record is None else record.ended.get(turn_id)
+
+    # -- questions -----------------------------------------------------------------------------
+
+    def ask(self, claim: Claim, question: QuestionRow) -> None:
+        asked = QuestionRow(
+            question.id, claim.turn_id, question.kind, _copied(question.data), question.expires
+        )
+        with self._lock:
+            self._held(claim).questions.setdefault(question.id, asked)
+
+    def questions(self, key: SessionKey) -> list[QuestionRow]:
+        with self._lock:
+            record = self._records.get(key)
+            return [] if record is None else [_handed_out(q) for q in _open(record)]
+
+    def question(self, key: SessionKey, question_id: str) -> QuestionRow | None:
+        with self._lock:
+            record = self._records.get(key)
+            found = None if record is None else record.questions.get(question_id)
+        return None if found is None else _handed_out(found)
+
+    def settle(
+        self,
+        key: SessionKey,
+        question_id: str,
+        outcome: str,
+        *,
+        by: str,
+        answer: cabc.Mapping[str, t.Any] = NO_ANSWER,
+    ) -> QuestionRow:
+        answer = _copied(answer)
+        with self._lock:
+            asked = self._known(key).questions
+            found = asked.get(question_id)
+            if found is None:
+                raise NotFound("no such question")
+            if found.outcome is None:
+                found = dataclasses.replace(found, outcome=outcome, by=by, answer=answer)
+                asked[question_id] = found
+        return _handed_out(found)
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -501,6 +550,20 @@ def _active(record: _Record) -> list[ActiveTurn]:
 
     running = [] if record.running is None else [row(record.running, "running", record.cursor)]
     return running + [row(turn, "queued", record.row.head) for turn in record.queue]
+
+
+def _open(record: _Record) -> list[QuestionRow]:
+    return [question for question in record.questions.values() if question.outcome is None]
+
+
+def _copied(value: cabc.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    return t.cast(dict[str, t.Any], json.loads(json.dumps(dict(value))))
+
+
+def _handed_out(question: QuestionRow) -> QuestionRow:
+    """A row that may be changed without changing ours."""
+    data, answer = _copied(question.data), _copied(question.answer)
+    return dataclasses.replace(question, data=data, answer=answer)
 
 
 def _is_still(orphan: Orphan, record: _Record) -> bool:

@@ -26,6 +26,7 @@ from agentao_web.core.log import Slice
 from agentao_web.core.log import first_seq
 from agentao_web.core.log import gap_at
 from agentao_web.core.names import SessionKey
+from agentao_web.store import NO_ANSWER
 from agentao_web.store import ActiveTurn
 from agentao_web.store import Claim
 from agentao_web.store import EndedTurn
@@ -34,6 +35,7 @@ from agentao_web.store import History
 from agentao_web.store import KeyUse
 from agentao_web.store import MessagePage
 from agentao_web.store import Orphan
+from agentao_web.store import QuestionRow
 from agentao_web.store import Revocation
 from agentao_web.store import SessionRow
 from agentao_web.store import Signal
@@ -42,6 +44,7 @@ from agentao_web.store import steps
 from agentao_web.store.database import Database
 from agentao_web.store.memory import KEY_SECONDS
 from agentao_web.store.memory import PRUNED
+from agentao_web.store.memory import TURN_ENDED
 from agentao_web.store.memory import FoundOrphan
 from agentao_web.store.memory import KnownKey
 from agentao_web.store.memory import added
@@ -52,6 +55,7 @@ from agentao_web.store.memory import title_of
 from agentao_web.store.memory import used_by
 from agentao_web.store.tables import history
 from agentao_web.store.tables import keys
+from agentao_web.store.tables import questions
 from agentao_web.store.tables import revocations
 from agentao_web.store.tables import sessions
 from agentao_web.store.tables import signals
@@ -194,6 +198,8 @@ class SqlStore:
             values |= {"updated": finish.now, "version": claim.generation}
             steps.change(db, session, {**values, "generation": None, "turn_id": None})
             _end(db, session, claim.turn_id, finish.events[-1])
+            mine = questions.c.turn_id == claim.turn_id
+            steps.close_questions(db, session, mine, TURN_ENDED)
 
     def active(self, key: SessionKey) -> list[ActiveTurn]:
         with self._db.read() as db:
@@ -211,6 +217,43 @@ class SqlStore:
         if row is None or row.final is None:
             return None
         return EndedTurn(Event(*row.final), row.cursor)
+
+    # -- questions -----------------------------------------------------------------------------
+
+    def ask(self, claim: Claim, question: QuestionRow) -> None:
+        with self._db.write() as db:
+            session = steps.held(db, claim.key, claim.generation)
+            # What is there already was written by an attempt whose commit seemed to fail.
+            if steps.question(db, session, question.id) is None:
+                steps.insert_question(db, session, claim.turn_id, question)
+
+    def questions(self, key: SessionKey) -> list[QuestionRow]:
+        with self._db.read() as db:
+            session = steps.find(db, key)
+            return [] if session is None else steps.open_questions(db, session)
+
+    def question(self, key: SessionKey, question_id: str) -> QuestionRow | None:
+        with self._db.read() as db:
+            session = steps.find(db, key)
+            return None if session is None else steps.question(db, session, question_id)
+
+    def settle(
+        self,
+        key: SessionKey,
+        question_id: str,
+        outcome: str,
+        *,
+        by: str,
+        answer: cabc.Mapping[str, t.Any] = NO_ANSWER,
+    ) -> QuestionRow:
+        values = {"outcome": outcome, "by": by, "answer": dict(answer)}
+        with self._db.write() as db:
+            session = steps.known(db, key)
+            steps.close_questions(db, session, questions.c.id == question_id, values)
+            found = steps.question(db, session, question_id)
+        if found is None:
+            raise NotFound("no such question")
+        return found
 
     # -- reading -------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 """The steps the SQL store's transactions are made of; each gets the connection of its own.
 
 Everything written under a claim begins with ``held``: the session's row, locked, where its
-generation is ours. Locks are taken in the order session, turns, generation counter. Only a new
-session takes the counter first, so that nobody else makes one meanwhile, and then waits for
-nothing: it starts over if it was not the first.
+generation is ours. Locks are taken in the order session, turns, questions, generation counter.
+Only a new session takes the counter first, so that nobody else makes one meanwhile, and then waits
+for nothing: it starts over if it was not the first. Who settles a question locks that row alone.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
 from agentao_web.store import ActiveTurn
 from agentao_web.store import Finish
+from agentao_web.store import QuestionRow
 from agentao_web.store import SessionRow
 from agentao_web.store import TurnRow
 from agentao_web.store.tables import dumped
 from agentao_web.store.tables import events
 from agentao_web.store.tables import history
 from agentao_web.store.tables import meta
+from agentao_web.store.tables import questions
 from agentao_web.store.tables import sessions
 from agentao_web.store.tables import transcript
 from agentao_web.store.tables import turns
@@ -180,6 +182,45 @@ def this_turn(session: Row, turn_id: str, *states: str) -> sa.ColumnElement[bool
     """The condition for one turn of a session, in one of *states* if there are any."""
     same = sa.and_(turns.c.session == session.id, turns.c.id == turn_id)
     return sa.and_(same, turns.c.state.in_(states)) if states else same
+
+
+# -- questions ---------------------------------------------------------------------------------
+
+
+def question(db: sa.Connection, session: Row, question_id: str) -> QuestionRow | None:
+    """A question of the session, open or closed."""
+    this = sa.and_(questions.c.session == session.id, questions.c.id == question_id)
+    row = db.execute(sa.select(questions).where(this)).one_or_none()
+    return None if row is None else _question_row(row)
+
+
+def open_questions(db: sa.Connection, session: Row) -> list[QuestionRow]:
+    """What nobody has answered yet, oldest first."""
+    found = sa.select(questions).where(_open(session)).order_by(questions.c.n)
+    return [_question_row(row) for row in db.execute(found)]
+
+
+def insert_question(db: sa.Connection, session: Row, turn_id: str, asked: QuestionRow) -> None:
+    """A new question of a turn, open."""
+    place = {"session": session.id, "id": asked.id, "turn_id": turn_id, "answer": {}}
+    said = {"kind": asked.kind, "data": dict(asked.data), "expires": asked.expires}
+    db.execute(sa.insert(questions).values(**place, **said))
+
+
+def close_questions(
+    db: sa.Connection, session: Row, which: sa.ColumnElement[bool], values: Values
+) -> None:
+    """Close those that are open: whoever comes second finds none."""
+    db.execute(sa.update(questions).where(_open(session), which).values(**values))
+
+
+def _open(session: Row) -> sa.ColumnElement[bool]:
+    return sa.and_(questions.c.session == session.id, questions.c.outcome.is_(None))
+
+
+def _question_row(row: Row) -> QuestionRow:
+    asked = (row.id, row.turn_id, row.kind, row.data, row.expires)
+    return QuestionRow(*asked, row.outcome, row.by, row.answer)
 
 
 # -- the log -----------------------------------------------------------------------------------

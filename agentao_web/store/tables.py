@@ -166,6 +166,32 @@ keys = sa.Table(
     sa.Column("created", sa.Double, nullable=False),
 )
 
+questions = sa.Table(
+    "agentao_questions",
+    metadata,
+    # In the order they were asked.
+    sa.Column("n", _Big, primary_key=True),
+    _session(primary_key=False),
+    sa.Column("id", _Name, nullable=False),
+    sa.Column("turn_id", _Name, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("data", Json, nullable=False),
+    sa.Column("expires", sa.Double, nullable=False),
+    # NULL while it is open.
+    sa.Column("outcome", sa.Text),
+    sa.Column("by", Json),
+    sa.Column("answer", Json, nullable=False),
+    sa.UniqueConstraint("session", "id"),
+)
+_OPEN = questions.c.outcome.is_(None)
+sa.Index(
+    "agentao_questions_open",
+    questions.c.session,
+    questions.c.n,
+    sqlite_where=_OPEN,
+    postgresql_where=_OPEN,
+)
+
 workers = sa.Table(
     "agentao_workers",
     metadata,

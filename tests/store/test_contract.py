@@ -31,6 +31,7 @@ from agentao_web.store import EndedTurn
 from agentao_web.store import Finish
 from agentao_web.store import KeyUse
 from agentao_web.store import Orphan
+from agentao_web.store import QuestionRow
 from agentao_web.store import Revocation
 from agentao_web.store import Signal
 from agentao_web.store import Store
@@ -818,6 +819,133 @@ def test_signals_asked_for_at_once_are_given_to_one(two: tuple[Store, Store]) ->
     assert sorted(signal.turn_id for signal in found) == ["t1", "t3"]
 
 
+# -- questions ---------------------------------------------------------------------------------
+
+
+def question(question_id: str = "q1", turn_id: str = "t1", **data: t.Any) -> QuestionRow:
+    asked = {"tool": "run_shell", "args": {"command": "ls"}, **data}
+    return QuestionRow(question_id, turn_id, "tool_confirmation", asked, 300.5)
+
+
+def open_ids(store: Store, key: SessionKey = KEY) -> list[str]:
+    return [asked.id for asked in store.questions(key)]
+
+
+def test_a_question_is_open_until_it_is_settled_and_then_stays_so(store: Store) -> None:
+    held = claim(store)
+    asked = question(odd="nul \x00, half a pair \ud83d, \u2028")
+    assert (store.questions(KEY), store.question(KEY, "q1")) == ([], None)
+    store.ask(held, asked)
+    assert store.questions(KEY) == [asked]
+    assert store.question(KEY, "q1") == asked
+    answer = {"approve": True, "remember": "session", "odd": "\x00 \ud83d"}
+    closed = store.settle(KEY, "q1", "approved", by="user ann \x00", answer=answer)
+    assert (closed.outcome, closed.by, closed.answer) == ("approved", "user ann \x00", answer)
+    assert (closed.data, closed.expires) == (asked.data, 300.5)
+    assert store.settle(KEY, "q1", "expired", by="expiry", answer={"no": 1}) == closed
+    store.ask(held, asked)
+    assert (store.questions(KEY), store.question(KEY, "q1")) == ([], closed)
+
+
+def test_a_question_that_comes_again_is_asked_once(store: Store) -> None:
+    held = claim(store)
+    store.ask(held, question())
+    store.ask(held, question())
+    assert open_ids(store) == ["q1"]
+
+
+def test_what_is_unknown_cannot_be_settled(store: Store) -> None:
+    with pytest.raises(NotFound):
+        store.settle(KEY, "q1", "denied", by="user")
+    store.ask(claim(store), question("q2"))
+    with pytest.raises(NotFound):
+        store.settle(KEY, "q1", "denied", by="user")
+    assert open_ids(store) == ["q2"]
+
+
+def test_open_questions_are_in_the_order_they_were_asked(store: Store) -> None:
+    held = claim(store)
+    for question_id in ("q3", "q1", "q2", "q0"):
+        store.ask(held, question(question_id))
+    assert open_ids(store) == ["q3", "q1", "q2", "q0"]
+    store.settle(KEY, "q1", "answered", by="user")
+    assert open_ids(store) == ["q3", "q2", "q0"]
+
+
+def test_a_question_is_a_copy(store: Store) -> None:
+    held, asked = claim(store), question()
+    store.ask(held, asked)
+    asked.data["args"]["command"] = "rm"
+    store.questions(KEY)[0].data["args"]["command"] = "rm"
+    assert store.questions(KEY) == [question()]
+
+
+def test_of_many_who_settle_at_once_one_wins(two: tuple[Store, Store]) -> None:
+    held = claim(two[0])
+    outcomes = ["approved", "denied", "expired", "cancelled"] * 2
+    for i in range(5):
+        two[0].ask(held, question(f"q{i}"))
+        found: dict[int, QuestionRow] = {}
+
+        def rush(n: int, i: int = i, found: dict[int, QuestionRow] = found) -> None:
+            answer = {"n": n}
+            found[n] = two[n % 2].settle(KEY, f"q{i}", outcomes[n], by=f"{n}", answer=answer)
+
+        at_once(len(outcomes), rush)
+        stands = two[1].question(KEY, f"q{i}")
+        assert stands is not None and stands.by is not None
+        winner = int(stands.by)
+        assert (stands.outcome, stands.answer) == (outcomes[winner], {"n": winner})
+        assert list(found.values()) == [stands] * len(outcomes)
+
+
+def test_the_end_of_a_turn_cancels_its_open_questions_only(store: Store) -> None:
+    held = claim(store)
+    for question_id in ("q1", "q2"):
+        store.ask(held, question(question_id))
+    answered = store.settle(KEY, "q1", "denied", by="user", answer={"approve": False})
+    bob = claim(store, key=OTHERS[0])
+    store.ask(bob, question())
+    store.finish(held, ending(held, 2))
+    closed = store.question(KEY, "q2")
+    assert closed is not None
+    assert (closed.outcome, closed.by, closed.answer) == ("cancelled", "turn_ended", {})
+    assert store.question(KEY, "q1") == answered
+    assert store.settle(KEY, "q2", "approved", by="user") == closed
+    assert (open_ids(store), open_ids(store, OTHERS[0])) == ([], ["q1"])
+
+
+def test_who_ends_a_lost_turn_cancels_its_questions(two: tuple[Store, Store]) -> None:
+    stale = claim(two[0])
+    two[0].ask(stale, question())
+    taken = two[1].take_over(two[1].orphans(PATIENCE)[0], "worker-2")
+    assert taken is not None
+    with pytest.raises(ClaimLost):
+        two[0].ask(stale, question("q2"))
+    with pytest.raises(ClaimLost):
+        two[0].finish(stale, ending(stale, 2))
+    assert open_ids(two[0]) == ["q1"]
+    two[1].finish(taken, ending(taken, 2))
+    closed = two[0].question(KEY, "q1")
+    assert closed is not None and (closed.outcome, closed.by) == ("cancelled", "turn_ended")
+    assert two[0].question(KEY, "q2") is None
+    with pytest.raises(ClaimLost):
+        two[1].ask(taken, question("q3"))
+
+
+def test_questions_go_with_the_session(store: Store) -> None:
+    held = claim(store)
+    store.ask(held, question())
+    store.ask(held, question("q2"))
+    store.settle(KEY, "q2", "denied", by="user")
+    remove(store)
+    with pytest.raises(ClaimLost):
+        store.ask(held, question("q3"))
+    claim(store)
+    assert [store.question(KEY, f"q{n}") for n in (1, 2, 3)] == [None] * 3
+    assert store.questions(KEY) == []
+
+
 # -- dead workers ------------------------------------------------------------------------------
 
 
@@ -961,6 +1089,10 @@ UNKNOWN: dict[str, tuple[cabc.Callable[[Store, SessionKey], t.Any], t.Any]] = {
     "delete": (lambda s, k: s.delete(k), None),
     "signal": (lambda s, k: s.signal(k, "cancelled_by_user", but=""), 0),
     "take_over": (lambda s, k: s.take_over(Orphan(k, "t2", True, 0), "w"), None),
+    "ask": (lambda s, k: s.ask(_foreign(s, k), question("q9", "t2")), ClaimLost),
+    "questions": (lambda s, k: s.questions(k), []),
+    "question": (lambda s, k: s.question(k, "q1"), None),
+    "settle": (lambda s, k: s.settle(k, "q1", "approved", by="user"), NotFound),
     "append": (lambda s, k: s.append(_foreign(s, k), []), ClaimLost),
     "finish": (lambda s, k: s.finish(_foreign(s, k), ending(_foreign(s, k), 2)), ClaimLost),
 }
@@ -974,6 +1106,11 @@ def _foreign(store: Store, key: SessionKey) -> Claim:
     return Claim(key, session.head >> 20, "t2", opening)
 
 
+def _all_of(store: Store) -> tuple[t.Any, ...]:
+    row, said = (store.session(KEY), store.active(KEY)), (log(store), store.history(KEY))
+    return (*row, *said, store.questions(KEY))
+
+
 @pytest.mark.parametrize("other", OTHERS, ids=str)
 @pytest.mark.parametrize("method", UNKNOWN)
 def test_a_session_belongs_to_its_tenant_and_user(
@@ -981,16 +1118,16 @@ def test_a_session_belongs_to_its_tenant_and_user(
 ) -> None:
     held = claim(store, "t1", use=USE)
     store.finish(held, ending(held, 2))
-    claim(store, "t2")
+    store.ask(claim(store, "t2"), question("q1", "t2"))
     enqueue(store, "t3")
-    before = (store.session(KEY), store.active(KEY), log(store), store.history(KEY))
+    before = _all_of(store)
     ask, answer = UNKNOWN[method]
     if isinstance(answer, type):
         with pytest.raises(answer):
             ask(store, other)
     else:
         assert ask(store, other) == answer
-    assert (store.session(KEY), store.active(KEY), log(store), store.history(KEY)) == before
+    assert _all_of(store) == before
     assert store.signals("worker-1") == []
 
 
