@@ -96,7 +96,7 @@ class Peers:
             pass  # Then the lease runs out.
 
     def nudge(self) -> None:
-        """Somebody may be waiting for another worker now."""
+        """Somebody waits for another worker now: do not wait for the next slow look."""
         self._nudge.set()
 
     # -- signs of life -------------------------------------------------------------------------
@@ -210,7 +210,6 @@ class Peers:
 
     def read_here(self, live: Live) -> None:
         """A client reads here what another worker runs: it is not alone there."""
-        self._nudge.set()
         turn = live.elsewhere
         if turn is not None and live.noticed != turn:
             live.noticed = turn

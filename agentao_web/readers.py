@@ -49,6 +49,7 @@ class Reader:
         watcher: Watcher | None = None,
         sock: socket.socket | None = None,
         dismissed: cabc.Callable[[], bool] = lambda: False,
+        entered: cabc.Callable[[], None] = lambda: None,
     ) -> None:
         self.live = live
         self.turn = turn
@@ -66,9 +67,11 @@ class Reader:
         self._watcher = watcher
         self._sock = sock
         self._dismissed = dismissed
+        self._entered = entered
 
     def __enter__(self) -> Reader:
         self.live.attach(self)
+        self._entered()
         if self._watcher is not None and self._sock is not None:
             self._watcher.watch(self._sock, self._on_close)
         return self

@@ -188,7 +188,7 @@ class Runner:
     ) -> None:
         self.worker = ""
         """Who writes the rows: a fresh name per process."""
-        self.unclosed: list[tuple[Orphan, str]] = []
+        self.unclosed: list[tuple[Live, Orphan, str]] = []
         """Our own turns whose claim or end the store may not have: to be closed when it is back."""
         self.writer = writer
         self._store = store
@@ -232,7 +232,7 @@ class Runner:
         call(live.begin(turn, claim), turn.turn.stop_reason or "")
 
     def _leave_open(self, live: Live, turn: LiveTurn, code: str) -> None:
-        self.unclosed.append((Orphan(live.key, turn.turn.id, True, turn.cursor), code))
+        self.unclosed.append((live, Orphan(live.key, turn.turn.id, True, turn.cursor), code))
 
     def close_ours(self) -> None:
         """Close our own turns that the store could not, now that it is back; raises if it is not.
@@ -240,8 +240,12 @@ class Runner:
         One whose commit had gone through keeps its true outcome.
         """
         while self.unclosed:
-            self.reap(*self.unclosed[0])
+            live, orphan, code = self.unclosed[0]
+            self.reap(orphan, code)
             self.unclosed.pop(0)
+            if not live.owned:
+                # What was shown here and never stored is no part of the log.
+                live.disown()
 
     def start(self, live: Live, turn: LiveTurn) -> None:
         """Run *turn*, which holds a slot, and those queued behind it."""

@@ -365,8 +365,12 @@ class SessionPool:
         return live
 
     def read_here(self, live: Live) -> None:
-        """A client begins to read a session that another worker may be running."""
+        """A client is going to read a session that another worker may be running."""
         self._peers.read_here(live)
+
+    def reader_came(self) -> None:
+        """A reader is attached, and what it waits for may be written elsewhere."""
+        self._peers.nudge()
 
     def _fresh(self, key: SessionKey, head: int) -> Live:
         return Live(key, head=head, log_bytes=self._caps.log_bytes, clock=self.clock)
@@ -378,7 +382,12 @@ class SessionPool:
         self._wake_up()
         live = self.peek(key)
         mine = 0 if live is None else self._runner.stop_all(live, "cancelled_by_user")
-        return mine + self.store.signal(key, "cancelled_by_user", but=self._runner.worker)
+        try:
+            return mine + self.store.signal(key, "cancelled_by_user", but=self._runner.worker)
+        except StoreUnavailable:
+            if not mine:
+                raise
+            return mine
 
     def delete(self, key: SessionKey, *, timeout: float) -> bool:
         """Remove the session; False if its turn did not stop within *timeout* seconds.

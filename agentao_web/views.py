@@ -397,6 +397,7 @@ def _reader(parts: Parts, live: Live, cursor: int | None, of: Started | None = N
         sock=sock,
         # The stream of our own turn lives as long as it; all others end when the worker goes.
         dismissed=(lambda: False) if mine else (lambda: pool.draining),
+        entered=pool.reader_came,
     )
 
 

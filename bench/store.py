@@ -13,6 +13,7 @@ import dataclasses
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 import typing as t
 from pathlib import Path
@@ -23,10 +24,15 @@ from agentao_web.core.log import first_seq
 from agentao_web.core.names import SessionKey
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
+from agentao_web.core.turn import TurnRequest
+from agentao_web.readers import Reader
+from agentao_web.runner import Stage
 from agentao_web.store import Claim
 from agentao_web.store import Finish
 from agentao_web.store import TurnRow
 from agentao_web.store.sql import SqlStore
+from tests.pool_fakes import FakeAgent
+from tests.pool_fakes import Probe
 from tests.store.postgres import PostgresServer
 
 _OPENING = Draft("turn_begin", {"message": "hello", "images": 0, "queued_ms": 0})
@@ -38,6 +44,8 @@ _SAID: t.Final[list[dict[str, t.Any]]] = [
 ]
 #: Turns measured around the fifth and the five hundredth.
 _EARLY, _LATE = range(3, 13), range(496, 506)
+#: Between two events another worker reads, in seconds: no multiple of how often it asks.
+_PACE: t.Final = 0.023
 
 
 @dataclasses.dataclass
@@ -50,6 +58,7 @@ class Figures:
     cpu: list[float] = dataclasses.field(default_factory=list)
     histories: list[float] = dataclasses.field(default_factory=list)
     heads: list[float] = dataclasses.field(default_factory=list)
+    elsewhere: list[float] = dataclasses.field(default_factory=list)
 
 
 def turn(store: SqlStore, key: SessionKey, n: int) -> None:
@@ -91,6 +100,7 @@ def measure(url: str, rounds: int) -> Figures:
         figures.heads += [_timed(lambda: store.heads(keys)) for _ in range(20)]
     finally:
         store.close()
+    figures.elsewhere = elsewhere(url, 300 * rounds)
     return figures
 
 
@@ -102,6 +112,40 @@ def _append(store: SqlStore, figures: Figures, batches: int) -> None:
         cpu = time.process_time()
         figures.batches.append(_timed(lambda e=events: store.append(claim, e)))  # type: ignore[misc]
         figures.cpu.append(time.process_time() - cpu)
+
+
+def elsewhere(url: str, count: int) -> list[float]:
+    """From publishing an event at one worker to reading it at another."""
+    watched = threading.Event()
+
+    def talk(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        assert watched.wait(30), "nobody reads"
+        for _ in range(count):
+            stage.publish(Draft("llm_text", {"chunk": f"{time.monotonic()} "}))
+            time.sleep(_PACE)
+
+    # Each with connections of its own, as in a process of its own; the interpreter is shared.
+    writing, reading = (Probe(talk, store=SqlStore(url)) for _ in range(2))
+    delays: list[float] = []
+    try:
+        started = writing.start(sid="elsewhere")
+        live = reading.pool.find(reading.key("elsewhere"))
+        with Reader(live, reading.store, started.cursor, turn_id=live.elsewhere) as reader:
+            reading.pool.read_here(live)
+            watched.set()
+            until = live.clock() + 60 + count * _PACE
+            while not reader.told and live.clock() < until:
+                for event in reader.read(limit=500, max_bytes=2**16):
+                    if event.type == "llm_text":
+                        # Several of them, joined.
+                        now, sent = time.monotonic(), event.data["chunk"].split()
+                        delays += [now - float(moment) for moment in sent]
+                reader.wait(until)
+    finally:
+        for probe in (writing, reading):
+            probe.pool.close()
+    assert len(delays) == count, f"{len(delays)} of {count} events were read"
+    return delays
 
 
 def _timed(work: cabc.Callable[[], t.Any]) -> float:
@@ -133,15 +177,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one session instead of three")
     rounds = 1 if parser.parse_args().quick else 3
-    print("| | turn 5 | turn 500 | ratio (hold ≤ 2) | append | CPU of a batch | history | heads |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ["turn 5", "turn 500", "ratio (hold ≤ 2)", "append", "CPU of a batch"]
+    columns += ["history", "heads", "elsewhere"]
+    print(f"| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     with databases() as urls:
         for name, url in urls.items():
             print(_row(name, measure(url, rounds)), flush=True)
     print(
         "\nMedians: ms of a turn's commits (claim, 5 × 50 events, end); events/s in batches of "
         "100; ms of CPU here of such a batch; ms to load the history of 505 turns "
-        f"({505 * len(_SAID)} messages); ms to ask for the heads of 200 sessions."
+        f"({505 * len(_SAID)} messages); ms to ask for the heads of 200 sessions; "
+        "ms from publishing an event to reading it at another worker, p50 and p99."
     )
 
 
@@ -151,6 +197,8 @@ def _row(name: str, figures: Figures) -> str:
     rest = [statistics.median(v) * 1000 for v in (figures.cpu, figures.histories, figures.heads)]
     cells = [f"{early * 1000:.1f} ms", f"{late * 1000:.1f} ms", f"{late / early:.2f}"]
     cells += [f"{rate:,.0f}/s", *(f"{value:.1f} ms" for value in rest)]
+    cuts = [cut * 1000 for cut in statistics.quantiles(figures.elsewhere, n=100)]
+    cells.append(f"{cuts[49]:.0f} / {cuts[98]:.0f} ms")
     return f"| {name} | {' | '.join(cells)} |"
 
 

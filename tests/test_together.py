@@ -147,6 +147,30 @@ def test_every_worker_reads_the_turn_as_it_runs(crew: Crew) -> None:
     assert [e.seq for e in seen] == [e.seq for e in one.log()]
 
 
+def test_a_new_reader_elsewhere_does_not_wait_for_a_slow_look(crew: Crew) -> None:
+    """The tailer had nobody to look for and sleeps; a reader that comes wakes it."""
+    from agentao_web import peers
+
+    one, two = crew(until_stopped, say_ok)
+    started = one.start()
+    live = two.pool.find(two.key())
+    asked = threading.Event()
+    good = two.store.heads
+
+    def heads(keys: t.Any) -> t.Any:
+        asked.set()
+        return good(keys)
+
+    two.store.heads = heads  # type: ignore[method-assign]
+    two.pool.read_here(live)
+    with Reader(live, two.store, live.head, entered=two.pool.reader_came):
+        begun = two.pool.clock()
+        assert asked.wait(PATIENCE)
+        assert two.pool.clock() - begun < peers._SLOW_TAIL
+    one.pool.cancel(one.key())
+    final(one, started)
+
+
 def test_cancel_works_from_any_worker(crew: Crew) -> None:
     one, two = crew(until_stopped, say_ok)
     started = one.start()
