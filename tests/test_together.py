@@ -372,6 +372,8 @@ def test_a_turn_the_store_could_not_end_is_ended_when_it_is_back(
         raise StoreUnavailable
 
     one.store.finish = finish  # type: ignore[method-assign]
+    one.pool._wake_up()
+    one.pool._peers._looked = float("inf")  # The janitor must not be faster than this test.
     told = final(one, one.start("first"))
     assert (told.seq, told.extra["error"]["code"]) == (None, "store_unavailable")
     one.store.finish = good  # type: ignore[method-assign]
@@ -394,6 +396,8 @@ def test_a_claim_whose_answer_was_lost_does_not_block_the_session(crew: Crew) ->
         raise StoreUnavailable
 
     one.store.claim = claim  # type: ignore[method-assign]
+    one.pool._wake_up()
+    one.pool._peers._looked = float("inf")
     with pytest.raises(StoreUnavailable):
         one.start("first")
     one.store.claim = good  # type: ignore[method-assign]
