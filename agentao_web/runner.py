@@ -475,7 +475,8 @@ class Runner:
             if agent is not None:
                 self.close_agent(agent)
             return None
-        # The store's writer found that the claim is lost.
+        # The store's writer found that the claim is lost: what was not stored never was.
+        live.disown()
         self.drop_agent(live)
         return self._show(live, turn, Outcome(State.FAILED, "worker_lost"), None)
 

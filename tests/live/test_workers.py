@@ -90,7 +90,7 @@ def texts(request: t.Any) -> list[str]:
 def test_a_long_conversation_with_any_workers_is_never_forgotten(
     tmp_path: Path, model: ModelServer, workers: int
 ) -> None:
-    turns = 200 if workers == 2 else 60
+    turns = 200
     with Server(tmp_path, "--workers", str(workers), **model_env(model)) as server:
         client = Client(server)
         for n in range(turns):
