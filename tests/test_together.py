@@ -413,10 +413,11 @@ def test_a_claim_whose_answer_was_lost_does_not_block_the_session(crew: Crew) ->
 
 def test_a_worker_that_overslept_alone_closes_its_own_turn(crew: Crew) -> None:
     (one,) = crew(until_stopped, worker_lease=4.5)
+    look = janitor_away(one)
     lost = one.start("long")
     one.pool._peers._beaten -= 100
     one.pool._peers._looked = 0.0
-    one.pool.tick(one.pool.clock())
+    look(one.pool.clock())
     assert final(one, lost).extra["error"]["code"] == "worker_lost"
     assert one.store.active(one.key()) == []
     one.agents.script = say_ok
