@@ -7,8 +7,13 @@ import dataclasses
 import difflib
 import logging
 import os
+import tomllib
 import typing as t
 from pathlib import Path
+
+from agentao_web.core.rules import POLICIES
+from agentao_web.core.rules import SHELLS
+from agentao_web.core.rules import Rules
 
 PREFIX: t.Final = "AGENTAO_"
 
@@ -49,6 +54,18 @@ class Settings:
     )
     llm_attempts: int = _setting(2, "Attempts at a call to the model.", least=1)
     max_steps: int = _setting(100, "Calls to the model in one turn.", least=1)
+    max_tool_calls: int = _setting(200, "Tool calls in one turn.", least=1)
+    max_turn_tokens: int | None = _setting(
+        None, "Tokens of one turn, prompt and completion; unset means no limit.", least=1
+    )
+    tokens_per_day: int | None = _setting(
+        None, "Tokens of one tenant per day (UTC); unset means no limit.", least=1
+    )
+    question_timeout: float = _setting(
+        300.0, "Seconds a question stays open; no answer means no.", above=0
+    )
+    tool_timeout: float = _setting(60.0, "Seconds one call of a host's own tool may take.", above=0)
+    shell_timeout: float = _setting(120.0, "Seconds one shell command may take.", above=0)
     disconnect_grace: float = _setting(
         10.0, "Seconds a turn goes on after its last reader left.", least=0
     )
@@ -77,14 +94,33 @@ class Settings:
     max_turns_per_tenant: int | None = _setting(
         None, "Turns of one tenant at once per worker; unset means no limit.", least=1
     )
+    max_turns_per_user: int | None = _setting(
+        None, "Turns of one user of a tenant at once per worker; unset means no limit.", least=1
+    )
     max_queue: int = _setting(4, "Turns waiting per session.", least=0)
     max_message: int = _setting(131_072, "Bytes of a message, in UTF-8.", least=1)
     max_body: int = _setting(20 * 2**20, "Bytes of a request body, images included.", least=1)
     max_images: int = _setting(8, "Images in one message.", least=0)
+    max_image: int = _setting(5 * 2**20, "Bytes of one image, decoded.", least=1)
+    workspace_bytes: int = _setting(
+        256 * 2**20, "Bytes of all files of a workspace together.", least=1
+    )
+    workspace_files: int = _setting(10_000, "Files and folders of a workspace.", least=1)
     log_bytes: int = _setting(
         4 * 2**20, "Bytes of a session's log that are kept; older events become a gap.", least=4096
     )
-    policy: str = _setting("ask", "What agents may write.", choices=("read-only", "ask", "trusted"))
+    policy: str = _setting("ask", "What agents may change.", choices=POLICIES)
+    shell: str = _setting("off", "Whether agents have a shell, and where it runs.", choices=SHELLS)
+    mcp: Path | None = _setting(None, "The operator's file of MCP servers, JSON; unset means none.")
+    skills: Path | None = _setting(
+        None, "The operator's folder of skills, a folder with a SKILL.md each; unset means none."
+    )
+    tenants: Path | None = _setting(
+        None, "The operator's file of rules per tenant, TOML; unset means the same for all."
+    )
+    memory: bool = _setting(
+        False, "Whether agents keep memories, in their workspace's own; shared as WORKSPACE says."
+    )
     workspace: str = _setting("user", "Who shares a folder.", choices=("user", "tenant", "session"))
     thinking: bool = _setting(False, "Whether the model's reasoning is sent to clients.")
     demo: bool = _setting(
@@ -104,6 +140,45 @@ class Settings:
         read = {names[k].name: _read(k, names[k], v) for k, v in ours.items()}
         settings = cls(**read)
         return dataclasses.replace(settings, root=settings.root.expanduser().absolute())
+
+
+def rules_per_tenant(settings: Settings) -> cabc.Callable[[str], Rules]:
+    """The rules of a tenant: its table in the file TENANTS, then ``[default]``, then the settings.
+
+    Raises RuntimeError, with the cure, for a file that cannot be read or says what is no rule.
+    """
+    base = Rules(
+        policy=settings.policy,
+        shell=settings.shell,
+        mcp=("*",) if settings.mcp else (),
+        skills=("*",) if settings.skills else (),
+        tokens_per_day=settings.tokens_per_day,
+    )
+    if settings.tenants is None:
+        return lambda tenant: base
+    try:
+        told = tomllib.loads(settings.tenants.read_text())
+    except (OSError, ValueError) as exc:
+        raise RuntimeError(f"AGENTAO_TENANTS={settings.tenants}: {exc}") from None
+    if unknown := told.keys() - {"default", "tenants"}:
+        raise RuntimeError(
+            f"AGENTAO_TENANTS: {min(unknown)!r} is neither [default] nor in [tenants.…]"
+        )
+    tables = told.get("tenants", {})
+    if not isinstance(tables, dict):
+        raise RuntimeError("AGENTAO_TENANTS: tenants must be tables, [tenants.…]")
+    base = _changed(base, "default", told.get("default", {}))
+    own = {name: _changed(base, f"tenants.{name}", table) for name, table in tables.items()}
+    return lambda tenant: own.get(tenant, base)
+
+
+def _changed(rules: Rules, where: str, table: t.Any) -> Rules:
+    try:
+        values: dict[str, t.Any]
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+        return dataclasses.replace(rules, **values)
+    except (AttributeError, TypeError, ValueError) as exc:
+        raise RuntimeError(f"AGENTAO_TENANTS, [{where}]: {exc}") from None
 
 
 def from_environment(environ: cabc.Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -209,6 +284,10 @@ def _keys(value: t.Any) -> tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
+def _maybe_path(value: t.Any) -> Path | None:
+    return None if value in (None, "") else Path(value).expanduser().absolute()
+
+
 def _path(value: t.Any) -> Path:
     if not str(value):
         raise ValueError("must be a folder")
@@ -217,6 +296,7 @@ def _path(value: t.Any) -> Path:
 
 _READERS: dict[str, cabc.Callable[[t.Any], t.Any]] = {
     "Path": _path,
+    "Path | None": _maybe_path,
     "tuple[str, ...]": _keys,
     "float": _number,
     "float | None": _maybe_number,

@@ -20,11 +20,17 @@ from agentao_web.auth import Tokens
 from agentao_web.auth import by_token
 from agentao_web.config import Settings
 from agentao_web.config import from_environment
+from agentao_web.config import rules_per_tenant
+from agentao_web.core.names import Principal
+from agentao_web.core.rules import Rules
 from agentao_web.readers import Watcher
 from agentao_web.sessions import SessionPool
 from agentao_web.store import Store
 from agentao_web.store.memory import MemoryStore
 from agentao_web.store.sql import SqlStore
+
+#: What a host says of a principal, given what its tenant has by the settings.
+RulesFor = cabc.Callable[[Principal, Rules], Rules]
 
 _KEY = "agentao_web"
 #: The applications of this process, for the one who ends it (agentao_web.workers).
@@ -37,14 +43,22 @@ class AgentaoWeb:
     *authenticate* says who makes a request: a Principal, or None for nobody. Without it the
     requests carry bearer tokens signed with ``AGENTAO_SECRET_KEYS``.
 
+    *rules* says what the agents of a principal may do: called with the principal and the Rules
+    its tenant has by the settings, it returns those or changed ones. Called for every turn.
+
     *agents* replaces the building of agents altogether: called with the principal, a SessionInfo
     and the transport to construct the agent with, it returns an Agentao.
     """
 
     def __init__(
-        self, *, authenticate: Authenticate | None = None, agents: Factory | None = None
+        self,
+        *,
+        authenticate: Authenticate | None = None,
+        rules: RulesFor | None = None,
+        agents: Factory | None = None,
     ) -> None:
         self._authenticate = authenticate
+        self._rules = rules
         self._agents = agents
 
     def init_app(self, app: Flask, *, url_prefix: str = "") -> None:
@@ -59,7 +73,8 @@ class AgentaoWeb:
             )
         settings = Settings.from_mapping(app.config)
         log = logging.getLogger("agentao_web")
-        agents = AgentaoAgents(settings, factory=self._agents, log=log)
+        rules = _rules(settings, self._rules)
+        agents = AgentaoAgents(settings, rules=rules, factory=self._agents, log=log)
         store = open_store(settings)
         app.extensions[_KEY] = views.Parts(
             settings=settings,
@@ -73,6 +88,13 @@ class AgentaoWeb:
         app.register_blueprint(views.blueprint(), url_prefix=prefix or None)
         _add_fallbacks(app, prefix)
         _apps.add(app)
+
+
+def _rules(settings: Settings, chosen: RulesFor | None) -> cabc.Callable[[Principal], Rules]:
+    of_tenant = rules_per_tenant(settings)
+    if chosen is None:
+        return lambda principal: of_tenant(principal.tenant)
+    return lambda principal: chosen(principal, of_tenant(principal.tenant))
 
 
 def open_store(settings: Settings) -> Store:

@@ -13,6 +13,7 @@ import typing as t
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import StoreUnavailable
+from agentao_web.core.history import History
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
@@ -50,6 +51,9 @@ class Stage(t.Protocol):
     def on_stop(self, callback: Callback) -> None:
         """Call *callback* with the reason, from any thread, when the turn has to stop."""
 
+    def stop(self, reason: str) -> None:
+        """Stop the turn, for one of agentao_web.core.turn.STOP_REASONS."""
+
 
 class Agent(t.Protocol):
     """One conversation with a model. Used by one thread at a time."""
@@ -63,6 +67,9 @@ class Agent(t.Protocol):
     def saved(self) -> None:
         """What ``unsaved`` gave is in the store."""
 
+    def state(self) -> dict[str, t.Any] | None:
+        """What else has to survive, as JSON: History.state of the agent built after this one."""
+
     def close(self) -> None:
         """Give back everything. Not called while ``run`` runs."""
 
@@ -70,7 +77,7 @@ class Agent(t.Protocol):
 class Agents(t.Protocol):
     """Builds agents; thread-safe."""
 
-    def build(self, key: SessionKey, history: list[dict[str, t.Any]]) -> Agent:
+    def build(self, key: SessionKey, history: History) -> Agent:
         """An agent for the session, with what was said before."""
 
     def forget(self, key: SessionKey) -> None:
@@ -171,6 +178,9 @@ class _Stage:
 
     def on_stop(self, callback: Callback) -> None:
         self._live.on_stop(self._turn, callback)
+
+    def stop(self, reason: str) -> None:
+        self._runner.stop(self._live, self._turn, reason)
 
 
 class Runner:
@@ -450,7 +460,7 @@ class Runner:
     def _agent(self, live: Live, turn: LiveTurn) -> Agent:
         if live.agent is None:
             history = self._store.history(live.key)
-            agent = self._agents.build(live.key, history.messages)
+            agent = self._agents.build(live.key, history)
             if not live.adopt(turn, agent, history.version):
                 # Given up while it was built: nobody else will close it.
                 self.close_agent(agent)
@@ -516,11 +526,13 @@ class Runner:
     def _write(self, live: Live, turn: LiveTurn, outcome: Outcome, agent: Agent | None) -> Event:
         if agent is None:
             appended, rewritten = self._note(turn.turn.request.message, turn.transcript), False
+            state = None
         else:
             appended, rewritten = agent.unsaved()
+            state = agent.state()
         final = live.number(turn, self._terminal(turn, outcome))
         transcript = turn.transcript.closed(outcome.status.value)
-        finish = Finish([final], outcome, transcript, appended, rewritten, final.ts)
+        finish = Finish([final], outcome, transcript, appended, rewritten, final.ts, state)
         self.writer.finish(live, finish, timeout=COMMIT_TIMEOUT)
         # All it said is in the store now, and a reader may hold on to the turn.
         turn.transcript = Transcript()

@@ -80,6 +80,9 @@ STOPS: t.Final = {
     "turn_timeout": "`AGENTAO_TURN_TIMEOUT`, or the request's own `timeout`.",
     "waiting_timeout": "It waited for people longer than `AGENTAO_MAX_WAITING_TIME`.",
     "event_limit": "More events than one turn may have (about a million).",
+    "tool_limit": "More tool calls than `AGENTAO_MAX_TOOL_CALLS`.",
+    "token_limit": "More tokens than `AGENTAO_MAX_TURN_TOKENS`.",
+    "budget_exhausted": "The tenant's tokens of the day are spent (`AGENTAO_TOKENS_PER_DAY`).",
 }
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import threading
 import typing as t
 
+from agentao_web.core.history import History
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
@@ -66,6 +67,9 @@ class FakeAgent:
     def unsaved(self) -> tuple[list[dict[str, t.Any]], bool]:
         return self.messages[self._kept :], False
 
+    def state(self) -> dict[str, t.Any] | None:
+        return None
+
     def saved(self) -> None:
         self._kept = len(self.messages)
 
@@ -84,10 +88,10 @@ class FakeAgents:
         self.closed = False
         self.building: Gate | None = None
 
-    def build(self, key: SessionKey, history: list[dict[str, t.Any]]) -> FakeAgent:
+    def build(self, key: SessionKey, history: History) -> FakeAgent:
         if self.building is not None:
             self.building.stand()
-        self.built.append(agent := FakeAgent(self.script, history))
+        self.built.append(agent := FakeAgent(self.script, history.messages))
         return agent
 
     def forget(self, key: SessionKey) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
 from agentao_web.config import Settings
 from agentao_web.config import from_environment
+from agentao_web.config import rules_per_tenant
 from agentao_web.config import table
+from agentao_web.core.rules import Rules
 
 
 def test_defaults_are_what_the_table_says() -> None:
@@ -67,3 +70,47 @@ def test_the_environment_has_other_peoples_names_too(caplog: pytest.LogCaptureFi
     assert "AGENTAO_HOME" in caplog.text
     with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match="Did you mean"):
         from_environment({"AGENTAO_MAX_TURN": "3"})
+
+
+# -- rules per tenant ----------------------------------------------------------------------------
+
+_TOLD = """
+[default]
+policy = "read-only"
+
+[tenants.acme]
+policy = "trusted"
+mcp = ["docs"]
+tokens_per_day = 1000
+"""
+
+
+def test_rules_are_the_tenants_then_the_default_then_the_settings(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text(_TOLD)
+    rules = rules_per_tenant(Settings(tenants=file, mcp=tmp_path, tokens_per_day=5))
+    assert rules("acme") == Rules("trusted", "off", ("docs",), (), 1000)
+    assert rules("globex") == Rules("read-only", "off", ("*",), (), 5)
+    assert rules_per_tenant(Settings(policy="trusted"))("acme") == Rules("trusted")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[default", "tenants.toml"),
+        ("[acme]", "'acme' is neither"),
+        ("[tenants.acme]\npolicy = 'free'", r"\[tenants.acme\]: policy is one of read-only"),
+        ("[tenants.acme]\nmcp = 'docs'", "mcp is a list of names"),
+        ("[default]\ntokens_per_day = 'all'", "whole number"),
+        ("[default]\nshells = 'off'", "shells"),
+        ("tenants = 3", "tenants"),
+    ],
+)
+def test_a_bad_file_of_tenants_is_refused_with_the_cure(
+    tmp_path: Path, text: str, told: str
+) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text(text)
+    with pytest.raises(RuntimeError, match=told) as refused:
+        rules_per_tenant(Settings(tenants=file))
+    assert "AGENTAO_TENANTS" in str(refused.value)

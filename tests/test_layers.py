@@ -30,6 +30,7 @@ DOORS: dict[str, set[str]] = {
         "agents",
         "auth",
         "config",
+        "core",
         "readers",
         "sessions",
         "store",

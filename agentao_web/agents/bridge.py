@@ -46,6 +46,7 @@ class Stage(t.Protocol):
 
     def publish(self, draft: Draft) -> None: ...
     def on_stop(self, callback: cabc.Callable[[str], None]) -> None: ...
+    def stop(self, reason: str) -> None: ...
 
 
 class Bridge:
@@ -290,6 +291,10 @@ class AgentaoAgent:
         """See agentao_web.runner.Agent."""
         self._kept = list(self._agent.messages)
         self._bridge.rewritten = False
+
+    def state(self) -> dict[str, t.Any] | None:
+        """See agentao_web.runner.Agent."""
+        return None
 
     def close(self) -> None:
         """See agentao_web.runner.Agent."""

@@ -20,8 +20,10 @@ from agentao_web.agents.build import build_agent
 from agentao_web.agents.build import close_agent
 from agentao_web.agents.llm import ModelPool
 from agentao_web.agents.workspaces import Workspaces
+from agentao_web.core.history import History
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
+from agentao_web.core.rules import Rules
 from agentao_web.demo import DemoModel
 
 
@@ -47,8 +49,6 @@ class Options(t.Protocol):
     @property
     def workspace(self) -> str: ...
     @property
-    def policy(self) -> str: ...
-    @property
     def thinking(self) -> bool: ...
     @property
     def demo(self) -> bool: ...
@@ -65,6 +65,7 @@ class Options(t.Protocol):
 class AgentaoAgents:
     """Builds the agents of one application (agentao_web.runner.Agents).
 
+    *rules* says what the agents of a principal may do; it is asked whenever one is built.
     Raises RuntimeError at once if there is neither a model nor a host's own *factory*.
     """
 
@@ -72,6 +73,7 @@ class AgentaoAgents:
         self,
         options: Options,
         *,
+        rules: cabc.Callable[[Principal], Rules],
         factory: Factory | None = None,
         environ: cabc.Mapping[str, str] = os.environ,
         log: logging.Logger,
@@ -80,6 +82,7 @@ class AgentaoAgents:
         llm.check_agentao()
         self.workspaces = Workspaces(options.root, options.workspace)
         self._options = options
+        self._rules = rules
         self._factory = factory
         self._log = log
         self._lock = threading.Lock()
@@ -88,16 +91,18 @@ class AgentaoAgents:
         if factory is None and not options.demo:
             self._llm = _model(environ)
 
-    def build(self, key: SessionKey, history: list[dict[str, t.Any]]) -> AgentaoAgent:
+    def build(self, key: SessionKey, history: History) -> AgentaoAgent:
         guards.install()
+        principal = Principal(key.tenant, key.user)
         workspace = self.workspaces.make(key)
         bridge = Bridge(str(workspace), thinking=self._options.thinking)
         if self._factory is not None:
-            info = SessionInfo(key.id, workspace, history)
-            agent = self._factory(Principal(key.tenant, key.user), info, bridge)
+            info = SessionInfo(key.id, workspace, history.messages)
+            agent = self._factory(principal, info, bridge)
             close = _close_theirs
         else:
-            agent = self._agentao(key, workspace, bridge, history)
+            rules = self._rules(principal)
+            agent = self._agentao(key, workspace, bridge, history, rules)
             close = close_agent
         steps = self._options.max_steps
         return AgentaoAgent(agent, bridge, max_steps=steps, close=close, log=self._log)
@@ -118,7 +123,12 @@ class AgentaoAgents:
             models.close()
 
     def _agentao(
-        self, key: SessionKey, workspace: Path, bridge: Bridge, history: list[dict[str, t.Any]]
+        self,
+        key: SessionKey,
+        workspace: Path,
+        bridge: Bridge,
+        history: History,
+        rules: Rules,
     ) -> t.Any:
         quiet = _quiet_logger()
         if self._options.demo:
@@ -130,9 +140,9 @@ class AgentaoAgents:
             transport=bridge,
             llm_client=client,
             logger=quiet,
-            history=history,
+            history=history.messages,
             session_id=key.id,
-            policy=self._options.policy,
+            policy=rules.policy,
         )
 
     def _pool(self) -> ModelPool:

@@ -71,6 +71,9 @@ STOP_REASONS: t.Final[dict[str, State]] = {
     "turn_timeout": _S.TIMED_OUT,
     "waiting_timeout": _S.TIMED_OUT,
     "event_limit": _S.INCOMPLETE,
+    "tool_limit": _S.INCOMPLETE,
+    "token_limit": _S.INCOMPLETE,
+    "budget_exhausted": _S.INCOMPLETE,
     "worker_lost": _S.FAILED,
     "store_unavailable": _S.FAILED,
 }

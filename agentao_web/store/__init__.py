@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import dataclasses
-import types
 import typing as t
 
+from agentao_web.core.history import History
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.log import Slice
 from agentao_web.core.names import SessionKey
+from agentao_web.core.question import NO_ANSWER
+from agentao_web.core.question import Question
 from agentao_web.core.turn import Outcome
 
 
@@ -59,28 +61,6 @@ class Claim:
     """The session's version: an agent that has another one is out of date."""
     head: int = 0
     """The last ``seq`` of the log before this claim; 0 for a new session."""
-
-
-#: Nothing more was said than how a question was closed.
-NO_ANSWER: t.Final[cabc.Mapping[str, t.Any]] = types.MappingProxyType({})
-
-
-@dataclasses.dataclass(frozen=True)
-class QuestionRow:
-    """Something an agent asked a person; the row, not a clock, says whether it is open."""
-
-    id: str
-    turn_id: str
-    kind: str
-    """tool_confirmation, ask_user_requested or more_steps."""
-    data: cabc.Mapping[str, t.Any]
-    """As the event has it."""
-    expires: float
-    outcome: str | None = None
-    """approved, denied, answered, expired or cancelled; None while it is open."""
-    by: str | None = None
-    answer: cabc.Mapping[str, t.Any] = dataclasses.field(default_factory=dict)
-    """What was answered, ``remember`` included."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,15 +132,6 @@ class Orphan:
 
 
 @dataclasses.dataclass(frozen=True)
-class History:
-    """What the model gets. ``epoch`` grows when the past was rewritten (a compaction)."""
-
-    messages: list[dict[str, t.Any]]
-    epoch: int
-    version: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Finish:
     """All that the terminal transaction writes, or none of it."""
 
@@ -172,6 +143,8 @@ class Finish:
     """New history messages; the whole history if *rewritten*."""
     rewritten: bool
     now: float
+    state: cabc.Mapping[str, t.Any] | None = None
+    """What else the agent keeps (History.state); None if that is not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,16 +216,16 @@ class Store(t.Protocol):
 
     # -- questions -----------------------------------------------------------------------------
 
-    def ask(self, claim: Claim, question: QuestionRow) -> None:
+    def ask(self, claim: Claim, question: Question) -> None:
         """Commit an open question of the claim's turn; ClaimLost if the claim is no longer ours.
 
         Harmless twice: one that was closed meanwhile stays closed.
         """
 
-    def questions(self, key: SessionKey) -> list[QuestionRow]:
+    def questions(self, key: SessionKey) -> list[Question]:
         """The open ones, oldest first; empty for an unknown session."""
 
-    def question(self, key: SessionKey, question_id: str) -> QuestionRow | None:
+    def question(self, key: SessionKey, question_id: str) -> Question | None:
         """One of them, open or closed; None if there is none."""
 
     def settle(
@@ -263,7 +236,7 @@ class Store(t.Protocol):
         *,
         by: str,
         answer: cabc.Mapping[str, t.Any] = NO_ANSWER,
-    ) -> QuestionRow:
+    ) -> Question:
         """Close the question if it is open; NotFound for an unknown one.
 
         Returns the row as it stands then, whoever closed it: of several at once, one wins.

@@ -315,7 +315,7 @@ def _damage(connection: sa.Connection) -> list[str]:
 def _ensure_schema(kinds: cabc.Mapping[str, sa.Engine]) -> None:
     with kinds["read"].begin() as connection:
         version = _version(connection)
-    if version is None:
+    if version is None or version in tables.MIGRATIONS:
         with kinds["boundary"].begin() as connection:
             version = _create_schema(connection)
     if version != tables.SCHEMA:
@@ -333,13 +333,29 @@ def _version(connection: sa.Connection) -> int | None:
 
 
 def _create_schema(connection: sa.Connection) -> int:
-    """Make every table, or none; workers that start together do it one after the other."""
+    """Make every table that is missing; workers that start together do it one after another.
+
+    An older schema becomes ours. Columns are only added, with NULL in them: a worker that opened
+    the database before, of the version before, goes on with it.
+    """
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
     version = _version(connection)
-    if version is not None:
+    if version is not None and version not in tables.MIGRATIONS:
         return version
     tables.metadata.create_all(connection)
+    if version is not None:
+        return _migrate(connection, version)
     rows = [{"name": "schema", "value": tables.SCHEMA}, {"name": "generation", "value": 0}]
     connection.execute(sa.insert(tables.meta), rows)
     return tables.SCHEMA
+
+
+def _migrate(connection: sa.Connection, version: int) -> int:
+    while version in tables.MIGRATIONS:
+        for statement in tables.MIGRATIONS[version]:
+            connection.execute(sa.text(statement))
+        version += 1
+    mine = tables.meta.c.name == "schema"
+    connection.execute(sa.update(tables.meta).where(mine).values(value=version))
+    return version

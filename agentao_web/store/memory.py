@@ -19,23 +19,24 @@ from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import TooManySessions
 from agentao_web.core.errors import TooManyTurns
+from agentao_web.core.history import History
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.log import EventLog
 from agentao_web.core.log import Slice
 from agentao_web.core.log import first_seq
 from agentao_web.core.names import SessionKey
-from agentao_web.store import NO_ANSWER
+from agentao_web.core.question import NO_ANSWER
+from agentao_web.core.question import Question
+from agentao_web.core.question import to_be_remembered
 from agentao_web.store import ActiveTurn
 from agentao_web.store import AlreadyAccepted
 from agentao_web.store import Claim
 from agentao_web.store import EndedTurn
 from agentao_web.store import Finish
-from agentao_web.store import History
 from agentao_web.store import KeyUse
 from agentao_web.store import MessagePage
 from agentao_web.store import Orphan
-from agentao_web.store import QuestionRow
 from agentao_web.store import Revocation
 from agentao_web.store import SessionRow
 from agentao_web.store import Signal
@@ -130,10 +131,11 @@ class _Record:
     ended: dict[str, EndedTurn | None] = dataclasses.field(default_factory=dict)
     """None for a queued turn that was ended for its worker: it must not begin any more."""
     keys: dict[str, KnownKey] = dataclasses.field(default_factory=dict)
-    questions: dict[str, QuestionRow] = dataclasses.field(default_factory=dict)
+    questions: dict[str, Question] = dataclasses.field(default_factory=dict)
     transcript: list[dict[str, t.Any]] = dataclasses.field(default_factory=list)
     history: list[str] = dataclasses.field(default_factory=list)
     epoch: int = 0
+    state: str = "{}"
 
 
 class MemoryStore:
@@ -227,6 +229,8 @@ class MemoryStore:
                 record.epoch += 1
                 record.history = []
             record.history.extend(messages)
+            if finish.state is not None:
+                record.state = json.dumps(dict(finish.state))
             record.ended[claim.turn_id] = EndedTurn(finish.events[-1], record.cursor)
             for question in _open(record):
                 if question.turn_id == claim.turn_id:
@@ -253,19 +257,19 @@ class MemoryStore:
 
     # -- questions -----------------------------------------------------------------------------
 
-    def ask(self, claim: Claim, question: QuestionRow) -> None:
-        asked = QuestionRow(
+    def ask(self, claim: Claim, question: Question) -> None:
+        asked = Question(
             question.id, claim.turn_id, question.kind, _copied(question.data), question.expires
         )
         with self._lock:
             self._held(claim).questions.setdefault(question.id, asked)
 
-    def questions(self, key: SessionKey) -> list[QuestionRow]:
+    def questions(self, key: SessionKey) -> list[Question]:
         with self._lock:
             record = self._records.get(key)
             return [] if record is None else [_handed_out(q) for q in _open(record)]
 
-    def question(self, key: SessionKey, question_id: str) -> QuestionRow | None:
+    def question(self, key: SessionKey, question_id: str) -> Question | None:
         with self._lock:
             record = self._records.get(key)
             found = None if record is None else record.questions.get(question_id)
@@ -279,7 +283,7 @@ class MemoryStore:
         *,
         by: str,
         answer: cabc.Mapping[str, t.Any] = NO_ANSWER,
-    ) -> QuestionRow:
+    ) -> Question:
         answer = _copied(answer)
         with self._lock:
             asked = self._known(key).questions
@@ -341,9 +345,11 @@ class MemoryStore:
         with self._lock:
             record = self._records.get(key)
             if record is None:
-                return History([], 0, 0)
+                return History([])
             texts, epoch, version = list(record.history), record.epoch, record.row.version
-        return History([json.loads(text) for text in texts], epoch, version)
+            state = json.loads(record.state)
+            approved = tuple(q for q in record.questions.values() if to_be_remembered(q))
+        return History([json.loads(text) for text in texts], epoch, version, state, approved)
 
     # -- changing ------------------------------------------------------------------------------
 
@@ -552,7 +558,7 @@ def _active(record: _Record) -> list[ActiveTurn]:
     return running + [row(turn, "queued", record.row.head) for turn in record.queue]
 
 
-def _open(record: _Record) -> list[QuestionRow]:
+def _open(record: _Record) -> list[Question]:
     return [question for question in record.questions.values() if question.outcome is None]
 
 
@@ -560,7 +566,7 @@ def _copied(value: cabc.Mapping[str, t.Any]) -> dict[str, t.Any]:
     return t.cast(dict[str, t.Any], json.loads(json.dumps(dict(value))))
 
 
-def _handed_out(question: QuestionRow) -> QuestionRow:
+def _handed_out(question: Question) -> Question:
     """A row that may be changed without changing ours."""
     data, answer = _copied(question.data), _copied(question.answer)
     return dataclasses.replace(question, data=data, answer=answer)

@@ -20,22 +20,22 @@ from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.errors import TooManySessions
 from agentao_web.core.errors import TooManyTurns
+from agentao_web.core.history import History
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.log import Slice
 from agentao_web.core.log import first_seq
 from agentao_web.core.log import gap_at
 from agentao_web.core.names import SessionKey
-from agentao_web.store import NO_ANSWER
+from agentao_web.core.question import NO_ANSWER
+from agentao_web.core.question import Question
 from agentao_web.store import ActiveTurn
 from agentao_web.store import Claim
 from agentao_web.store import EndedTurn
 from agentao_web.store import Finish
-from agentao_web.store import History
 from agentao_web.store import KeyUse
 from agentao_web.store import MessagePage
 from agentao_web.store import Orphan
-from agentao_web.store import QuestionRow
 from agentao_web.store import Revocation
 from agentao_web.store import SessionRow
 from agentao_web.store import Signal
@@ -220,19 +220,19 @@ class SqlStore:
 
     # -- questions -----------------------------------------------------------------------------
 
-    def ask(self, claim: Claim, question: QuestionRow) -> None:
+    def ask(self, claim: Claim, question: Question) -> None:
         with self._db.write() as db:
             session = steps.held(db, claim.key, claim.generation)
             # What is there already was written by an attempt whose commit seemed to fail.
             if steps.question(db, session, question.id) is None:
                 steps.insert_question(db, session, claim.turn_id, question)
 
-    def questions(self, key: SessionKey) -> list[QuestionRow]:
+    def questions(self, key: SessionKey) -> list[Question]:
         with self._db.read() as db:
             session = steps.find(db, key)
             return [] if session is None else steps.open_questions(db, session)
 
-    def question(self, key: SessionKey, question_id: str) -> QuestionRow | None:
+    def question(self, key: SessionKey, question_id: str) -> Question | None:
         with self._db.read() as db:
             session = steps.find(db, key)
             return None if session is None else steps.question(db, session, question_id)
@@ -245,7 +245,7 @@ class SqlStore:
         *,
         by: str,
         answer: cabc.Mapping[str, t.Any] = NO_ANSWER,
-    ) -> QuestionRow:
+    ) -> Question:
         values = {"outcome": outcome, "by": by, "answer": dict(answer)}
         with self._db.write() as db:
             session = steps.known(db, key)
@@ -319,11 +319,12 @@ class SqlStore:
         with self._db.read() as db:
             session = steps.find(db, key)
             if session is None:
-                return History([], 0, 0)
+                return History([])
             mine = sa.and_(history.c.session == session.id, history.c.epoch == session.epoch)
             found = sa.select(history.c.body).where(mine).order_by(history.c.n)
             messages = list(db.execute(found).scalars())
-        return History(messages, session.epoch, session.version)
+            approved = steps.approved(db, session)
+        return History(messages, session.epoch, session.version, session.agent or {}, approved)
 
     # -- changing ------------------------------------------------------------------------------
 

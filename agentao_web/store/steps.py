@@ -18,9 +18,10 @@ from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import NotFound
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
+from agentao_web.core.question import Question
+from agentao_web.core.question import to_be_remembered
 from agentao_web.store import ActiveTurn
 from agentao_web.store import Finish
-from agentao_web.store import QuestionRow
 from agentao_web.store import SessionRow
 from agentao_web.store import TurnRow
 from agentao_web.store.tables import dumped
@@ -187,20 +188,27 @@ def this_turn(session: Row, turn_id: str, *states: str) -> sa.ColumnElement[bool
 # -- questions ---------------------------------------------------------------------------------
 
 
-def question(db: sa.Connection, session: Row, question_id: str) -> QuestionRow | None:
+def question(db: sa.Connection, session: Row, question_id: str) -> Question | None:
     """A question of the session, open or closed."""
     this = sa.and_(questions.c.session == session.id, questions.c.id == question_id)
     row = db.execute(sa.select(questions).where(this)).one_or_none()
     return None if row is None else _question_row(row)
 
 
-def open_questions(db: sa.Connection, session: Row) -> list[QuestionRow]:
+def open_questions(db: sa.Connection, session: Row) -> list[Question]:
     """What nobody has answered yet, oldest first."""
     found = sa.select(questions).where(_open(session)).order_by(questions.c.n)
     return [_question_row(row) for row in db.execute(found)]
 
 
-def insert_question(db: sa.Connection, session: Row, turn_id: str, asked: QuestionRow) -> None:
+def approved(db: sa.Connection, session: Row) -> tuple[Question, ...]:
+    """Approvals to be remembered for the session, oldest first."""
+    mine = sa.and_(questions.c.session == session.id, questions.c.outcome == "approved")
+    found = sa.select(questions).where(mine).order_by(questions.c.n)
+    return tuple(q for q in map(_question_row, db.execute(found)) if to_be_remembered(q))
+
+
+def insert_question(db: sa.Connection, session: Row, turn_id: str, asked: Question) -> None:
     """A new question of a turn, open."""
     place = {"session": session.id, "id": asked.id, "turn_id": turn_id, "answer": {}}
     said = {"kind": asked.kind, "data": dict(asked.data), "expires": asked.expires}
@@ -218,9 +226,9 @@ def _open(session: Row) -> sa.ColumnElement[bool]:
     return sa.and_(questions.c.session == session.id, questions.c.outcome.is_(None))
 
 
-def _question_row(row: Row) -> QuestionRow:
+def _question_row(row: Row) -> Question:
     asked = (row.id, row.turn_id, row.kind, row.data, row.expires)
-    return QuestionRow(*asked, row.outcome, row.by, row.answer)
+    return Question(*asked, row.outcome, row.by, row.answer)
 
 
 # -- the log -----------------------------------------------------------------------------------
@@ -309,4 +317,7 @@ def converse(db: sa.Connection, session: Row, finish: Finish) -> Values:
         db.execute(sa.insert(transcript), said)
     if kept:
         db.execute(sa.insert(history), kept)
-    return {"entries": entries + len(said), "messages": messages + len(kept), "epoch": epoch}
+    values: Values = {"entries": entries + len(said), "messages": messages + len(kept)}
+    if finish.state is not None:
+        values["agent"] = dict(finish.state)
+    return {**values, "epoch": epoch}

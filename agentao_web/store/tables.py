@@ -13,7 +13,12 @@ import typing as t
 import sqlalchemy as sa
 
 #: The version of this schema. A database that has a newer one is not touched.
-SCHEMA: t.Final = 1
+SCHEMA: t.Final = 2
+
+#: Version -> what makes the next one of it, besides tables that are new.
+MIGRATIONS: t.Final[dict[int, tuple[str, ...]]] = {
+    1: ("ALTER TABLE agentao_sessions ADD COLUMN agent TEXT",),
+}
 
 metadata = sa.MetaData()
 
@@ -86,6 +91,8 @@ sessions = sa.Table(
     sa.Column("messages", _Big, nullable=False, default=0),
     sa.Column("epoch", _Big, nullable=False, default=0),
     sa.Column("usage", Json, nullable=False),
+    # What else the agent keeps; NULL before its first turn has ended.
+    sa.Column("agent", Json),
     sa.Column("deleting", sa.Boolean, nullable=False, default=False),
     # The claim, or NULL.
     sa.Column("generation", _Big),

@@ -22,6 +22,7 @@ from agentao_web.core.log import Event
 from agentao_web.core.log import Slice
 from agentao_web.core.log import first_seq
 from agentao_web.core.names import SessionKey
+from agentao_web.core.question import Question
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
 from agentao_web.store import ActiveTurn
@@ -31,7 +32,6 @@ from agentao_web.store import EndedTurn
 from agentao_web.store import Finish
 from agentao_web.store import KeyUse
 from agentao_web.store import Orphan
-from agentao_web.store import QuestionRow
 from agentao_web.store import Revocation
 from agentao_web.store import Signal
 from agentao_web.store import Store
@@ -822,9 +822,9 @@ def test_signals_asked_for_at_once_are_given_to_one(two: tuple[Store, Store]) ->
 # -- questions ---------------------------------------------------------------------------------
 
 
-def question(question_id: str = "q1", turn_id: str = "t1", **data: t.Any) -> QuestionRow:
+def question(question_id: str = "q1", turn_id: str = "t1", **data: t.Any) -> Question:
     asked = {"tool": "run_shell", "args": {"command": "ls"}, **data}
-    return QuestionRow(question_id, turn_id, "tool_confirmation", asked, 300.5)
+    return Question(question_id, turn_id, "tool_confirmation", asked, 300.5)
 
 
 def open_ids(store: Store, key: SessionKey = KEY) -> list[str]:
@@ -885,9 +885,9 @@ def test_of_many_who_settle_at_once_one_wins(two: tuple[Store, Store]) -> None:
     outcomes = ["approved", "denied", "expired", "cancelled"] * 2
     for i in range(5):
         two[0].ask(held, question(f"q{i}"))
-        found: dict[int, QuestionRow] = {}
+        found: dict[int, Question] = {}
 
-        def rush(n: int, i: int = i, found: dict[int, QuestionRow] = found) -> None:
+        def rush(n: int, i: int = i, found: dict[int, Question] = found) -> None:
             answer = {"n": n}
             found[n] = two[n % 2].settle(KEY, f"q{i}", outcomes[n], by=f"{n}", answer=answer)
 

@@ -126,7 +126,7 @@ def test_nothing_is_opened_before_it_is_used(folder: Path) -> None:
 
 def test_check_opens_and_leaves_nothing_open(url: str, folder: Path, open_store: Open) -> None:
     store = open_store(url)
-    assert store.check().endswith("schema 1: ok")
+    assert store.check().endswith("schema 2: ok")
     assert [path.name for path in folder.glob("*")] in ([], ["store.db"]), "no -wal, no -shm"
     run(store, "t1")
     assert store.check().endswith("ok")
@@ -144,10 +144,25 @@ def test_a_schema_from_the_future_is_refused(url: str, open_store: Open) -> None
     run(store, "t1")
     store.close()
     with raw(url) as connection:
-        connection.execute(sa.text("UPDATE agentao_meta SET value = 2 WHERE name = 'schema'"))
+        connection.execute(sa.text("UPDATE agentao_meta SET value = 99 WHERE name = 'schema'"))
     for ask in (store.check, lambda: store.session(KEY)):
-        with pytest.raises(RuntimeError, match="schema 2.*install the agentao-web that wrote it"):
+        with pytest.raises(RuntimeError, match="schema 99.*install the agentao-web that wrote it"):
             ask()
+
+
+def test_an_older_schema_becomes_ours(url: str, open_store: Open) -> None:
+    """Also with four workers that open it at the same moment."""
+    store = open_store(url)
+    run(store, "t1")
+    store.close()
+    with raw(url) as connection:
+        connection.execute(sa.text("ALTER TABLE agentao_sessions DROP COLUMN agent"))
+        connection.execute(sa.text("UPDATE agentao_meta SET value = 1 WHERE name = 'schema'"))
+    stores = [open_store(url) for _ in range(4)]
+    at_once(4, lambda n: stores[n].session(KEY))
+    assert stores[0].check().endswith("schema 2: ok")
+    assert len(stores[0].history(KEY).messages) == 2
+    run(stores[0], "t2")
 
 
 @pytest.mark.parametrize(
@@ -361,7 +376,7 @@ def test_a_full_disk_is_unavailable_until_there_is_room(folder: Path) -> None:
     """A limit on the size of files stands in for the disk."""
     process = child(_FULL, f"sqlite:///{folder}/store.db")
     printed = process.communicate(timeout=PATIENCE)[0]
-    assert printed == "unavailable\nTrue sqlite, schema 1: ok\n"
+    assert printed == "unavailable\nTrue sqlite, schema 2: ok\n"
 
 
 def test_a_damaged_file_is_said_to_be_one(folder: Path, open_store: Open) -> None:
