@@ -44,7 +44,8 @@ class AgentaoWeb:
     requests carry bearer tokens signed with ``AGENTAO_SECRET_KEYS``.
 
     *rules* says what the agents of a principal may do: called with the principal and the Rules
-    its tenant has by the settings, it returns those or changed ones. Called for every turn.
+    its tenant has by the settings, it returns those or changed ones. Called for every turn, on
+    the turn's thread, in an application context.
 
     *agents* replaces the building of agents altogether: called with the principal, a SessionInfo
     and the transport to construct the agent with, it returns an Agentao.
@@ -73,7 +74,7 @@ class AgentaoWeb:
             )
         settings = Settings.from_mapping(app.config)
         log = logging.getLogger("agentao_web")
-        rules = _rules(settings, self._rules)
+        rules = _rules(app, settings, self._rules)
         agents = AgentaoAgents(settings, rules=rules, factory=self._agents, log=log)
         store = open_store(settings)
         app.extensions[_KEY] = views.Parts(
@@ -90,11 +91,18 @@ class AgentaoWeb:
         _apps.add(app)
 
 
-def _rules(settings: Settings, chosen: RulesFor | None) -> cabc.Callable[[Principal], Rules]:
+def _rules(
+    app: Flask, settings: Settings, chosen: RulesFor | None
+) -> cabc.Callable[[Principal], Rules]:
     of_tenant = rules_per_tenant(settings)
     if chosen is None:
         return lambda principal: of_tenant(principal.tenant)
-    return lambda principal: chosen(principal, of_tenant(principal.tenant))
+
+    def ask_host(principal: Principal) -> Rules:
+        with app.app_context():
+            return chosen(principal, of_tenant(principal.tenant))
+
+    return ask_host
 
 
 def open_store(settings: Settings) -> Store:
@@ -133,12 +141,23 @@ def _add_fallbacks(app: Flask, prefix: str) -> None:
 
 def create_app(environ: cabc.Mapping[str, str] = os.environ) -> Flask:
     """The ready application, with every setting from the environment."""
+    _show_log()
     app = Flask("agentao_web", static_folder=None)
     app.config.from_mapping(from_environment(environ))
     AgentaoWeb().init_app(app)
     for handler in (404, 405):
         app.register_error_handler(handler, views._http_error)
     return app
+
+
+def _show_log() -> None:
+    """Whoever runs the ready application sees its log, unless logging was set up already."""
+    log = logging.getLogger(_KEY)
+    if not log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
 
 
 def pool_of(app: Flask) -> SessionPool:

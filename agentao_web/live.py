@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import collections.abc as cabc
+import contextlib
 import threading
 import typing as t
 
@@ -19,6 +20,9 @@ from agentao_web.core.log import Event
 from agentao_web.core.log import EventLog
 from agentao_web.core.log import Slice
 from agentao_web.core.log import is_ahead
+from agentao_web.core.question import Question
+from agentao_web.core.question import cancelled
+from agentao_web.core.question import closed
 from agentao_web.core.transcript import Transcript
 from agentao_web.core.turn import ENDED
 from agentao_web.core.turn import Outcome
@@ -54,6 +58,7 @@ class LiveTurn:
         "kept",
         "accepted",
         "refused",
+        "questions",
         "_callbacks",
     )
 
@@ -78,6 +83,8 @@ class LiveTurn:
         """The store has said whether it takes a queued turn: nobody claims for it before."""
         self.refused = False
         """The store did not take it: it ends as if it had never been."""
+        self.questions: dict[str, Question] = {}
+        """What it waits for a person to answer, as far as is known here."""
         self._callbacks: list[Callback] | None = []
 
 
@@ -118,6 +125,7 @@ class Live:
         self._current: LiveTurn | None = None
         self._queue: collections.deque[LiveTurn] = collections.deque()
         self._readers: set[Audience] = set()
+        self._looks: set[threading.Event] = set()
 
     # -- the pool's side -----------------------------------------------------------------------
 
@@ -282,6 +290,47 @@ class Live:
         if reason is not None:
             callback(reason)
 
+    def ask(self, live: LiveTurn, question: Question) -> bool:
+        """Show that *live* waits for a person; False if it is to stop, or not heard any more."""
+        with self._cond:
+            turn = live.turn
+            if live is not self._current or not self._may_write(live) or turn.stop_reason:
+                return False
+            live.questions[question.id] = question
+            if turn.state is State.RUNNING:
+                turn.step("ask", self.clock())
+            return self._write(turn.id, Draft(question.kind, question.data)) is not None
+
+    def settled(self, live: LiveTurn, question: Question) -> None:
+        """Show how *question*, one of *live*'s, was closed; without any left it goes on."""
+        with self._cond:
+            if live.questions.pop(question.id, None) is None:
+                return
+            if not live.questions and live.turn.state is State.WAITING:
+                live.turn.step("answer", self.clock())
+            if self._may_write(live):
+                self._write(live.turn.id, closed(question))
+            self._cond.notify_all()
+
+    def look_again(self) -> None:
+        """A question of the running turn may have been answered: whoever asked it has a look."""
+        with self._cond:
+            looks = list(self._looks)
+        for look in looks:
+            look.set()
+
+    @contextlib.contextmanager
+    def looking(self) -> cabc.Iterator[threading.Event]:
+        """An event that is set whenever a question may have been answered."""
+        look = threading.Event()
+        with self._cond:
+            self._looks.add(look)
+        try:
+            yield look
+        finally:
+            with self._cond:
+                self._looks.discard(look)
+
     def adopt(self, live: LiveTurn, agent: t.Any, version: int) -> bool:
         """Keep *agent* for this session; False if *live*, for which it was built, is over."""
         with self._cond:
@@ -295,6 +344,10 @@ class Live:
         with self._cond:
             if live.closing:
                 return False
+            for question in live.questions.values():
+                # Its thread may never come back to say so.
+                self._write(live.turn.id, closed(cancelled(question)))
+            live.questions = {}
             live.closing = True
             if abandoned:
                 # Its thread may still use the agent: nobody else may.

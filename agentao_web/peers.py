@@ -16,6 +16,7 @@ from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.names import SessionKey
 from agentao_web.live import Live
+from agentao_web.questions import ANSWERED
 from agentao_web.runner import Books
 from agentao_web.runner import Runner
 from agentao_web.store import Orphan
@@ -203,6 +204,9 @@ class Peers:
         turn, live = found
         if signal.reason == "read_elsewhere":
             live.keep(turn)
+            return
+        if signal.reason == ANSWERED:
+            live.look_again()
             return
         if signal.reason == "session_deleted":
             live.deleting = True

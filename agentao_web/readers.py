@@ -21,6 +21,7 @@ from agentao_web.core.log import Event
 from agentao_web.core.log import Slice
 from agentao_web.core.log import is_ahead
 from agentao_web.core.log import joined
+from agentao_web.core.turn import State
 from agentao_web.live import Live
 from agentao_web.live import LiveTurn
 from agentao_web.store import Store
@@ -98,6 +99,16 @@ class Reader:
         live = self.live
         final = self.turn.final if self.turn is not None else None
         return live.closed and live.farewell is None and final is None
+
+    @property
+    def waits_for_people(self) -> bool:
+        """Whether the turn that is read waits for an answer."""
+        return self.turn is not None and self.turn.turn.state is State.WAITING
+
+    @property
+    def leased(self) -> bool:
+        """Whether it is to come back after a while, so that no thread waits for a person."""
+        return self.turn_id is None or self.waits_for_people
 
     @property
     def caught_up(self) -> bool:
@@ -178,16 +189,17 @@ class Dialect(t.Protocol):
 
 
 def stream(
-    reader: Reader, wire: Dialect, *, heartbeat: float, lease: float | None, follow: bool
+    reader: Reader, wire: Dialect, *, heartbeat: float, lease: float, follow: bool
 ) -> cabc.Iterator[bytes]:
     """Everything *reader* gets, encoded, until its end.
 
     A reader of one turn ends with the turn. Others end when the session is idle and they have
-    everything (unless they *follow*), or after about *lease* seconds with a hint to come back. A
-    comment goes out after *heartbeat* seconds of silence.
+    everything (unless they *follow*), or after about *lease* seconds with a hint to come back, and
+    so does one whose turn waits for a person. A comment goes out after *heartbeat* seconds of
+    silence.
     """
     clock = reader.live.clock
-    ends = None if lease is None else clock() + lease * random.uniform(0.9, 1.0)
+    ends = clock() + lease * random.uniform(0.9, 1.0)
     silent_since = float("-inf")
     with reader:
         while not reader.over:
@@ -198,13 +210,13 @@ def stream(
                 yield wire.frames(events)
             elif reader.turn_id is None and not follow and reader.caught_up:
                 return
-            elif ends is not None and now >= ends:
+            elif reader.leased and now >= ends:
                 break
             elif now - silent_since >= heartbeat:
                 silent_since = now
                 yield wire.KEEP_ALIVE
             else:
-                reader.wait(min(silent_since + heartbeat, ends or float("inf")))
+                reader.wait(min(silent_since + heartbeat, ends if now < ends else float("inf")))
         if not (reader.told or reader.left):
             # Ended on purpose: everybody comes back, but not at the same moment.
             yield wire.retry(random.randint(500, 2000))
@@ -222,12 +234,15 @@ def poll(reader: Reader, *, wait: float, limit: int, max_bytes: int) -> list[Eve
 
 
 def ending(reader: Reader, *, wait: float) -> Event | None:
-    """How the reader's turn ended, after waiting for that at most *wait* seconds."""
+    """How the reader's turn ended, after waiting for that at most *wait* seconds.
+
+    None also as soon as it waits for a person: a thread must not.
+    """
     until = reader.live.clock() + wait
     with reader:
         while True:
             events = reader.read(limit=_BATCH, max_bytes=_BATCH_BYTES)
-            if reader.over or reader.live.clock() >= until:
+            if reader.over or reader.waits_for_people or reader.live.clock() >= until:
                 return reader.final
             if not events:
                 reader.wait(until)

@@ -17,6 +17,9 @@ from agentao_web.core.history import History
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
+from agentao_web.core.question import Question
+from agentao_web.core.question import cancelled
+from agentao_web.core.question import closed
 from agentao_web.core.transcript import Transcript
 from agentao_web.core.transcript import lost_note
 from agentao_web.core.turn import Outcome
@@ -27,6 +30,8 @@ from agentao_web.core.turn import terminal
 from agentao_web.live import Callback
 from agentao_web.live import Live
 from agentao_web.live import LiveTurn
+from agentao_web.questions import Questions
+from agentao_web.questions import record
 from agentao_web.store import Finish
 from agentao_web.store import KeyUse
 from agentao_web.store import Orphan
@@ -50,6 +55,15 @@ class Stage(t.Protocol):
 
     def on_stop(self, callback: Callback) -> None:
         """Call *callback* with the reason, from any thread, when the turn has to stop."""
+
+    def ask(self, kind: str, data: cabc.Mapping[str, t.Any]) -> Question:
+        """Ask a person with an event of that type, and wait; the question as it was closed.
+
+        Only ``approved`` and ``answered`` are yes; raises what makes the turn fail.
+        """
+
+    def approved(self, data: cabc.Mapping[str, t.Any], by: str) -> None:
+        """A tool runs without being asked about, by an approval that is remembered."""
 
     def stop(self, reason: str) -> None:
         """Stop the turn, for one of agentao_web.core.turn.STOP_REASONS."""
@@ -79,6 +93,9 @@ class Agents(t.Protocol):
 
     def build(self, key: SessionKey, history: History) -> Agent:
         """An agent for the session, with what was said before."""
+
+    def suits(self, key: SessionKey, agent: t.Any) -> bool:
+        """Whether *agent*, built before, is still what the session should have."""
 
     def forget(self, key: SessionKey) -> None:
         """Remove what the session left outside of the store: its own workspace."""
@@ -179,6 +196,13 @@ class _Stage:
     def on_stop(self, callback: Callback) -> None:
         self._live.on_stop(self._turn, callback)
 
+    def ask(self, kind: str, data: cabc.Mapping[str, t.Any]) -> Question:
+        return self._runner.questions.ask(self._live, self._turn, kind, data)
+
+    def approved(self, data: cabc.Mapping[str, t.Any], by: str) -> None:
+        question = Question("", self.turn_id, "tool_confirmation", data, 0.0, "approved", by)
+        record(self._live.key, self.turn_id, question)
+
     def stop(self, reason: str) -> None:
         self._runner.stop(self._live, self._turn, reason)
 
@@ -193,9 +217,16 @@ class Runner:
         agents: Agents,
         books: Books,
         *,
+        question_timeout: float,
         clock: cabc.Callable[[], float],
         log: logging.Logger,
     ) -> None:
+        self.questions = Questions(
+            store,
+            timeout=question_timeout,
+            clock=clock,
+            note=lambda live: writer.note(live, urgent=True),
+        )
         self.worker = ""
         """Who writes the rows: a fresh name per process."""
         self.unclosed: list[tuple[Live, Orphan, str]] = []
@@ -357,12 +388,21 @@ class Runner:
             if event.type == "turn_begin":
                 message = event.data["message"]
         outcome = Outcome(State.FAILED, code)
-        draft, now = terminal(outcome, duration_ms=0), self._clock()
-        final = Event(claim.opening.seq, orphan.turn_id, draft.type, draft.data, now, draft.extra)
+        now, first = self._clock(), t.cast(int, claim.opening.seq)
+        drafts = [*self._closings(orphan), terminal(outcome, duration_ms=0)]
+        events = [
+            Event(first + n, orphan.turn_id, draft.type, draft.data, now, draft.extra)
+            for n, draft in enumerate(drafts)
+        ]
         entries = transcript.closed(outcome.status.value) if transcript.entries else []
         appended = self._note(message, transcript) if message else []
-        self._store.finish(claim, Finish([final], outcome, entries, appended, False, now))
+        self._store.finish(claim, Finish(events, outcome, entries, appended, False, now))
         self._log.warning("turn %s was left open, and is closed: %s", orphan.turn_id, code)
+
+    def _closings(self, orphan: Orphan) -> list[Draft]:
+        """What is to be said of the questions that nobody waits for any more."""
+        found = [q for q in self._store.questions(orphan.key) if q.turn_id == orphan.turn_id]
+        return [closed(cancelled(question)) for question in found]
 
     def _events_of(self, orphan: Orphan) -> cabc.Iterator[Event]:
         cursor = orphan.cursor
@@ -458,6 +498,9 @@ class Runner:
         return following
 
     def _agent(self, live: Live, turn: LiveTurn) -> Agent:
+        if live.agent is not None and not self._agents.suits(live.key, live.agent):
+            # Its principal may do something else by now.
+            self.drop_agent(live)
         if live.agent is None:
             history = self._store.history(live.key)
             agent = self._agents.build(live.key, history)

@@ -24,6 +24,8 @@ from agentao_web.core.errors import TooManySessions
 from agentao_web.core.errors import TooManyTurns
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
+from agentao_web.core.question import Question
+from agentao_web.core.question import Reply
 from agentao_web.core.turn import ENDED
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
@@ -33,6 +35,7 @@ from agentao_web.core.turn import terminal
 from agentao_web.live import Live
 from agentao_web.live import LiveTurn
 from agentao_web.peers import Peers
+from agentao_web.questions import ANSWERED
 from agentao_web.runner import COMMIT_TIMEOUT
 from agentao_web.runner import Agent
 from agentao_web.runner import Agents
@@ -61,6 +64,8 @@ class Caps(t.Protocol):
     def turn_timeout(self) -> float: ...
     @property
     def max_waiting_time(self) -> float: ...
+    @property
+    def question_timeout(self) -> float: ...
     @property
     def stop_grace(self) -> float: ...
     @property
@@ -125,7 +130,13 @@ class SessionPool:
         self._map: dict[SessionKey, Live] = {}
         self._writer = Writer(store, interval=_BATCH, log=self._log)
         self._runner = Runner(
-            store, self._writer, agents, self._books, clock=self.clock, log=self._log
+            store,
+            self._writer,
+            agents,
+            self._books,
+            question_timeout=caps.question_timeout,
+            clock=self.clock,
+            log=self._log,
         )
         self._draining = False
         self._until = float("inf")
@@ -389,6 +400,23 @@ class SessionPool:
                 raise
             return mine
 
+    def answer(self, key: SessionKey, question_id: str, reply: Reply, *, by: str) -> Question:
+        """Close a question, whichever worker asked it; how it is closed.
+
+        Raises NotFound, InvalidRequest, or QuestionClosed if it was closed in another way.
+        """
+        self._wake_up()
+        question = self._runner.questions.answer(key, question_id, reply, by=by)
+        live = self.peek(key)
+        if live is not None and live.owned:
+            live.look_again()
+            return question
+        try:
+            self.store.signal(key, ANSWERED, but=self._runner.worker, running_only=True)
+        except StoreUnavailable:
+            pass  # The row has the answer, and its worker looks from time to time.
+        return question
+
     def delete(self, key: SessionKey, *, timeout: float) -> bool:
         """Remove the session; False if its turn did not stop within *timeout* seconds.
 
@@ -554,7 +582,7 @@ class SessionPool:
         for turn, live in self._books.running():
             if turn.claim is None:
                 self._runner.stop(live, turn, "server_shutdown")
-        self._wait_quiet(lambda: self._until - min(grace / 2, self._caps.stop_grace))
+        self._wait_quiet(lambda: self._until - min(grace / 2, self._caps.stop_grace), leave=True)
         for turn, live in self._books.running():
             self._runner.stop(live, turn, "server_shutdown")
         self._wait_quiet(lambda: self._until)
@@ -564,9 +592,15 @@ class SessionPool:
         self._wait_readers(min(self._until, time.monotonic()) + _FAREWELL)
         self.close()
 
-    def _wait_quiet(self, until: cabc.Callable[[], float]) -> None:
-        """Until no turn is left or the time is up, which a hastier drain may have moved."""
+    def _wait_quiet(self, until: cabc.Callable[[], float], *, leave: bool = False) -> None:
+        """Until no turn is left or the time is up, which a hastier drain may have moved.
+
+        With *leave* turns that wait for a person are stopped: nobody will answer in time.
+        """
         while self._books.turns and time.monotonic() < until():
+            for turn, live in self._books.running() if leave else ():
+                if turn.turn.state is State.WAITING:
+                    self._runner.stop(live, turn, "server_shutdown")
             self._books.wait_quiet(
                 lambda: not self._books.turns, min(until(), time.monotonic() + _TICK)
             )

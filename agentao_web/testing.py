@@ -18,6 +18,8 @@ __all__ = [
     "Gate",
     "Scripted",
     "ScriptedAgent",
+    "ask",
+    "ask_user",
     "begin",
     "crash",
     "emit",
@@ -82,6 +84,45 @@ def use(tool: str, result: str = "", status: str = "ok", **args: t.Any) -> Step:
     return step
 
 
+def ask(tool: str, result: str = "", **args: t.Any) -> Step:
+    """Use a tool if a person approves it; without an approval it does not run."""
+
+    def step(agent: ScriptedAgent) -> None:
+        agent.tool_count += 1
+        call: dict[str, t.Any] = {"tool": tool, "call_id": f"call-{agent.tool_count}"}
+        agent.emit("tool_confirmation", args=args, **call)
+        approved = agent.transport.confirm_tool(tool, f"Runs {tool}.", args)
+        agent.answers.append(approved)
+        agent.emit("tool_start", args=args, **call)
+        ended = {"status": "ok"} if approved else {"status": "cancelled", "error": "not approved"}
+        agent.emit("tool_complete", duration_ms=1, **call, **ended)
+        agent.emit("tool_result", content=result if approved else "not approved", **call)
+
+    return step
+
+
+def ask_user(
+    question: str,
+    *options: str,
+    header: str | None = None,
+    multiple: bool = False,
+    allow_custom: bool = True,
+) -> Step:
+    """Ask a person; what the model would be told is appended to the agent's ``answers``."""
+
+    def step(agent: ScriptedAgent) -> None:
+        answer = agent.transport.ask_user(
+            question,
+            header=header,
+            options=list(options),
+            multiple=multiple,
+            allow_custom=allow_custom,
+        )
+        agent.answers.append(answer)
+
+    return step
+
+
 def begin(tool: str, **args: t.Any) -> Step:
     """Start a tool that never completes."""
 
@@ -141,12 +182,14 @@ class ScriptedAgent:
         self.text = ""
         self.reason: str | None = None
         self.tool_count = 0
+        self.answers: list[t.Any] = []
+        """What people said, oldest first: approvals, and answers in words."""
+        self.transport = transport
         self._scripts = scripts
-        self._transport = transport
 
     def emit(self, kind: str, **data: t.Any) -> None:
         """Send an event the way Agentao does."""
-        self._transport.emit(SimpleNamespace(type=kind, data=data))
+        self.transport.emit(SimpleNamespace(type=kind, data=data))
 
     def chat(
         self,

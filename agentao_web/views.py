@@ -37,6 +37,8 @@ from agentao_web.core.log import Event
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
 from agentao_web.core.names import is_session_id
+from agentao_web.core.question import Question
+from agentao_web.core.turn import State
 from agentao_web.live import Live
 from agentao_web.readers import Reader
 from agentao_web.readers import Watcher
@@ -161,7 +163,7 @@ def start_turn(parts: Parts, key: SessionKey) -> Response:
     started = parts.pool.start(key, asked)
     reader = _reader(parts, started.live, started.cursor, of=started)
     if streams:
-        return _stream(reader, lease=None)
+        return _stream(reader)
     wait = requests.preferred_wait(", ".join(request.headers.getlist("Prefer")))
     final = None
     if wait or started.status not in ("queued", "running"):
@@ -181,6 +183,22 @@ def start_turn(parts: Parts, key: SessionKey) -> Response:
 )
 def cancel(parts: Parts, key: SessionKey) -> Response:
     return jsonify(ok=True, cancelled=parts.pool.cancel(key))
+
+
+@route(
+    "POST",
+    "/chat/<sid>/answer",
+    "Answer a question: approve a tool or not, or say something",
+    request="Answer",
+    responses={200: "Answered"},
+    errors=(400, 401, 403, 404, 409, 413, 415, 503),
+)
+def answer(parts: Parts, key: SessionKey) -> Response:
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaType
+    question_id, reply = requests.answer(_body())
+    question = parts.pool.answer(key, question_id, reply, by=key.user or "user")
+    return jsonify(ok=True, question_id=question.id, outcome=question.outcome)
 
 
 @route(
@@ -209,6 +227,8 @@ def events(parts: Parts, key: SessionKey) -> Response:
     state = live.state()
     if state == "idle" and not reader.caught_up:
         state = "running"
+    elif state == "running" and not live.owned and parts.pool.store.questions(key):
+        state = "waiting"
     return jsonify(native.page(found, reader.cursor or 0, state))
 
 
@@ -217,7 +237,7 @@ def _follow(parts: Parts, key: SessionKey, after: int | None, *, follow: bool) -
     reader = _reader(parts, live, after)
     if reader.caught_up and not follow:
         return _nothing(204)
-    return _stream(reader, lease=parts.settings.stream_lease, follow=follow)
+    return _stream(reader, follow=follow)
 
 
 # -- sessions ----------------------------------------------------------------------------------
@@ -252,13 +272,14 @@ def snapshot(parts: Parts, key: SessionKey) -> Response:
         raise NotFound("no such session")
     states = {turn.turn.id: turn.turn.state.value for turn in live.turns()}
     turns = parts.pool.store.active(key)
+    questions = parts.pool.store.questions(key)
     running = [_turn(turn, states) for turn in turns if turn.state == "running"]
     return jsonify(
         **_session(row),
-        state=live.state(),
+        state="waiting" if questions and running else live.state(),
         turn=running[0] if running else None,
         queued=[_turn(turn, states) for turn in turns if turn.state == "queued"],
-        questions=[],
+        questions=[_question(question) for question in questions],
         cursor=live.head,
     )
 
@@ -410,13 +431,13 @@ def _socket() -> socket.socket | None:
     return None
 
 
-def _stream(reader: Reader, *, lease: float | None, follow: bool = False) -> Response:
+def _stream(reader: Reader, *, follow: bool = False) -> Response:
     parts: Parts = current_app.extensions["agentao_web"]
     body = stream(
         reader,
         t.cast(t.Any, native),
         heartbeat=parts.settings.heartbeat,
-        lease=lease,
+        lease=parts.settings.stream_lease,
         follow=follow,
     )
     return Response(body, content_type=native.CONTENT_TYPE, headers=native.HEADERS)
@@ -424,12 +445,15 @@ def _stream(reader: Reader, *, lease: float | None, follow: bool = False) -> Res
 
 def _accepted(key: SessionKey, started: Started) -> Response:
     url = url_for(".events", sid=key.id, after=started.cursor)
+    turn = started.turn
+    waits = turn is not None and turn.turn.state is State.WAITING
     response = jsonify(
         session_id=key.id,
         turn_id=started.turn_id,
-        status=started.status,
+        status="waiting" if waits else started.status,
         cursor=started.cursor,
         events_url=url,
+        questions=[_question(q) for q in list(turn.questions.values())] if turn and waits else [],
     )
     response.status_code = 202
     response.headers["Location"] = url
@@ -457,6 +481,10 @@ def _turn(turn: ActiveTurn, states: dict[str, str]) -> dict[str, t.Any]:
         "created_at": turn.created,
         "cursor": turn.cursor,
     }
+
+
+def _question(question: Question) -> dict[str, t.Any]:
+    return {"turn_id": question.turn_id, "type": question.kind, **question.data}
 
 
 def _session(row: SessionRow) -> dict[str, t.Any]:

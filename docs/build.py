@@ -26,6 +26,8 @@ from agentao_web.agents import bridge
 from agentao_web.core import errors
 from agentao_web.core import turn
 from agentao_web.testing import Gate
+from agentao_web.testing import ask
+from agentao_web.testing import ask_user
 from agentao_web.testing import emit
 from agentao_web.testing import end
 from agentao_web.testing import pause
@@ -44,8 +46,11 @@ EVENTS: t.Final = {
     "thinking": "A piece of the model's reasoning; only with `AGENTAO_THINKING=1`.",
     "tool_start": "A tool is about to run; its arguments, shortened.",
     "tool_output": "A piece of what a running tool prints.",
-    "tool_complete": "The tool has ended: `ok`, `error`, or `cancelled` (stopped or refused).",
+    "tool_complete": "The tool has ended: `ok`, `error`, `cancelled`, or `denied`: it did not run.",
     "tool_result": "What the model gets to see of it, at most 4096 characters.",
+    "tool_confirmation": "May this call run? `approve` it or not, until `expires_at`.",
+    "ask_user_requested": "The agent asks something; `answer` it until `expires_at`.",
+    "question_closed": "How a question was closed, and by whom; nobody need answer any more.",
     "usage": "Tokens of one call to the model.",
     "llm_retry": "A call to the model failed and is tried again after `delay_s` seconds.",
     "context_compressed": "Old messages were summed up to make room.",
@@ -231,13 +236,18 @@ def sample() -> Fields:
         say("hi"),
         by={
             "wait": [pause(gate)],
-            "every": [emit(kind, **_ALL) for kind in bridge._SHAPES],
+            "every": [
+                *(emit(kind, **_ALL) for kind in bridge._SHAPES),
+                ask("write_file"),
+                ask_user("Which?", "this", "that"),
+            ],
             "fail": [end("llm_error")],
         },
     )
     app = Flask("docs")
     with tempfile.TemporaryDirectory() as root:
         app.config.update(AGENTAO_ROOT=root, AGENTAO_THINKING=True)
+        app.config.update(AGENTAO_QUESTION_TIMEOUT=0.2)
         AgentaoWeb(authenticate=lambda request: Principal("docs"), agents=agents).init_app(app)
         try:
             return _seen(_session(app.test_client(), gate))

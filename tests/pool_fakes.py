@@ -94,6 +94,9 @@ class FakeAgents:
         self.built.append(agent := FakeAgent(self.script, history.messages))
         return agent
 
+    def suits(self, key: SessionKey, agent: FakeAgent) -> bool:
+        return True
+
     def forget(self, key: SessionKey) -> None:
         self.forgotten.append(key)
 
@@ -106,6 +109,7 @@ class TestCaps:
     __test__ = False
     turn_timeout: float = 600.0
     max_waiting_time: float = 600.0
+    question_timeout: float = 300.0
     stop_grace: float = 5.0
     disconnect_grace: float = 10.0
     drain_grace: float = 5.0
@@ -181,7 +185,7 @@ def read_turn(pool: SessionPool, live: Live, turn: LiveTurn, cursor: int) -> lis
     until = live.clock() + PATIENCE
     with Reader(live, pool.store, cursor, turn=turn) as reader:
         while not reader.told:
-            assert live.clock() < until, f"the turn did not end: {events}"
+            assert live.clock() < until, f"the turn did not end: {events[-3:]}"
             found = reader.read(limit=100, max_bytes=10**6)
             events += found
             if not found and not reader.told:

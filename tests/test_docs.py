@@ -18,6 +18,7 @@ from flask import Flask
 from werkzeug.test import Client
 
 import agentao_web
+from agentao_web import Principal
 from agentao_web import config
 from agentao_web import shutdown
 from agentao_web import testing
@@ -190,6 +191,24 @@ def test_the_factory(ended: cabc.Callable[[Flask], Flask], tmp_path: Path) -> No
     answer = apps[0].test_client().post("/agent/chat/a", json={"message": "help"}, headers=headers)
     assert answer.status_code == 200
     assert apps[1].test_client().get("/agent/session/a", headers=headers).status_code == 404
+
+
+def test_the_rules() -> None:
+    rules_for = run("rules")["rules_for"]
+    told = {
+        user: rules_for(Principal("shop", user), agentao_web.Rules()).policy
+        for user in ("admin", "ann")
+    }
+    assert told == {"admin": "trusted", "ann": "ask"}
+
+
+def test_the_rules_per_tenant(tmp_path: Path) -> None:
+    (block,) = blocks("toml")
+    file = tmp_path / "tenants.toml"
+    file.write_text(block.text)
+    rules = config.rules_per_tenant(config.Settings(tenants=file))
+    assert (rules("acme").policy, rules("acme").tokens_per_day) == ("ask", 1000000)
+    assert rules("globex").policy == "read-only"
 
 
 def test_the_adapter_of_verify_token(ended: cabc.Callable[[Flask], Flask]) -> None:

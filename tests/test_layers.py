@@ -21,9 +21,10 @@ DOORS: dict[str, set[str]] = {
     "demo": set(),
     "live": {"core", "store"},
     "readers": {"core", "live", "store"},
-    "runner": {"core", "live", "store"},
-    "peers": {"core", "live", "runner", "store"},
-    "sessions": {"core", "live", "peers", "runner", "store"},
+    "questions": {"core", "live", "store"},
+    "runner": {"core", "live", "questions", "store"},
+    "peers": {"core", "live", "questions", "runner", "store"},
+    "sessions": {"core", "live", "peers", "questions", "runner", "store"},
     "agents": {"core", "demo"},
     "views": {"auth", "config", "core", "live", "readers", "sessions", "store", "wire"},
     "extension": {

@@ -119,7 +119,7 @@ def test_tls_is_watched_below_the_encryption(watcher: Watcher, tmp_path: Path) -
 
 
 def run_stream(reader: Reader, **options: t.Any) -> cabc.Iterator[bytes]:
-    settings = {"heartbeat": 3600.0, "lease": None, "follow": False, **options}
+    settings = {"heartbeat": 3600.0, "lease": 300.0, "follow": False, **options}
     return stream(reader, t.cast(t.Any, native), **settings)
 
 

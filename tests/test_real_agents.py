@@ -61,6 +61,21 @@ class Web:
     def cancel(self, sid: str = "s") -> t.Any:
         return self.client.post(f"/chat/{sid}/cancel", headers=self.headers()).json
 
+    def question(self, kind: str, sid: str = "s") -> dict[str, t.Any]:
+        """The question of that kind, once it is open."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            snapshot = self.client.get(f"/session/{sid}", headers=self.headers()).json
+            for question in snapshot["questions"]:
+                if question["type"] == kind:
+                    return t.cast(dict[str, t.Any], question)
+            assert time.monotonic() < until, snapshot
+            time.sleep(0.01)
+
+    def answer(self, question: dict[str, t.Any], sid: str = "s", **body: t.Any) -> t.Any:
+        body = {"question_id": question["question_id"], **body}
+        return self.client.post(f"/chat/{sid}/answer", json=body, headers=self.headers()).json
+
     def workspace(self) -> Path:
         from agentao_web.agents.workspaces import Workspaces
         from agentao_web.core.names import SessionKey
@@ -148,11 +163,28 @@ def test_a_truncated_answer_is_incomplete(web: cabc.Callable[..., Web]) -> None:
     assert (body["status"], body["reason"]) == ("incomplete", "length_truncated")
 
 
-def test_too_many_steps_are_incomplete(web: cabc.Callable[..., Web]) -> None:
-    w = web(max_steps=2)
-    w.model.script(*(call("list_directory", {"directory_path": f"./{n}"}) for n in range(5)))
-    body = w.ask("go")
-    assert (body["status"], body["reason"]) == ("incomplete", "max_iterations")
+@pytest.mark.parametrize("said", ["stop", None, "continue", "Only say hi."])
+def test_whether_more_steps_are_wanted_is_asked(
+    web: cabc.Callable[..., Web], said: str | None
+) -> None:
+    """No answer in time means no."""
+    w = web(max_steps=2, **({"question_timeout": 0.2} if said is None else {}))
+    steps = [call("list_directory", {"directory_path": f"./{n}"}) for n in range(2)]
+    w.model.script(*steps, say("hi"))
+    w.post("go")
+    if said is not None:
+        asked = w.question("ask_user_requested")
+        assert asked["options"] == ["continue", "stop"] and asked["allow_custom"]
+        assert w.answer(asked, answer=said)["outcome"] == "answered"
+    last = w.idle()
+    if said in ("stop", None):
+        assert (last["data"]["status"], last["data"]["reason"]) == ("incomplete", "max_iterations")
+        return
+    assert (last["data"]["status"], last["reply"]) == ("completed", "hi")
+    told = w.model.requests[-1].body["messages"]
+    assert any(said in str(m["content"]) for m in told if m["role"] == "user") == (
+        said != "continue"
+    )
 
 
 # -- stopping ----------------------------------------------------------------------------------
@@ -240,15 +272,42 @@ def test_a_file_outside_is_not(web: cabc.Callable[..., Web], path: str) -> None:
     assert "root:" not in json.dumps([w.events(), w.model.requests[-1].body])
 
 
-def test_a_write_is_refused_and_the_model_is_told_why(web: cabc.Callable[..., Web]) -> None:
+_WRITE = 'call write_file {"file_path": "a.txt", "content": "x"}\nsay and then'
+
+
+def test_a_write_that_is_approved_happens(web: cabc.Callable[..., Web]) -> None:
     w = web()
-    body = w.ask('call write_file {"file_path": "a.txt", "content": "x"}\nsay could not')
-    assert body["reply"] == "could not"
+    w.post(_WRITE)
+    asked = w.question("tool_confirmation")
+    assert not (w.workspace() / "a.txt").exists()
+    assert asked["args"] == {"file_path": "a.txt", "content": "x"}
+    assert w.answer(asked, approve=True)["outcome"] == "approved"
+    assert w.idle()["reply"] == "and then"
+    assert (w.workspace() / "a.txt").read_text() == "x"
+    events = w.events()
+    kinds = [e["type"] for e in events]
+    assert kinds.index("tool_confirmation") < kinds.index("question_closed")
+    assert kinds.index("question_closed") < kinds.index("tool_start")
+    calls = {e["data"]["call_id"] for e in events if "call_id" in e["data"]}
+    assert calls == {asked["call_id"]}
+    assert [e["data"]["status"] for e in events if e["type"] == "tool_complete"] == ["ok"]
+
+
+@pytest.mark.parametrize("denied", [True, False], ids=["denied", "expired"])
+def test_a_write_that_is_not_approved_does_not_happen_and_the_model_goes_on(
+    web: cabc.Callable[..., Web], denied: bool
+) -> None:
+    w = web(question_timeout=300 if denied else 0.2)
+    w.post(_WRITE)
+    if denied:
+        assert w.answer(w.question("tool_confirmation"), approve=False)["outcome"] == "denied"
+    assert w.idle()["reply"] == "and then"
     assert not (w.workspace() / "a.txt").exists()
     complete = next(e for e in w.events() if e["type"] == "tool_complete")["data"]
-    assert complete["status"] == "cancelled"
+    assert complete["status"] == "denied"
     told = w.model.requests[-1].body["messages"][-1]
-    assert told["role"] == "tool" and "approv" in told["content"].lower()
+    assert told["role"] == "tool"
+    assert ("approval is unavailable" in told["content"]) == (not denied)
 
 
 def test_trusted_agents_write_inside_their_workspace_only(
@@ -262,11 +321,19 @@ def test_trusted_agents_write_inside_their_workspace_only(
     assert not outside.exists()
 
 
-def test_the_user_cannot_be_asked_yet_and_the_model_is_told(web: cabc.Callable[..., Web]) -> None:
-    w = web()
-    body = w.ask('call ask_user {"question": "which?"}\nsay well then')
-    assert body["reply"] == "well then"
-    assert "not available" in w.model.requests[-1].body["messages"][-1]["content"]
+@pytest.mark.parametrize("answered", [True, False])
+def test_the_user_is_asked_and_the_model_is_told(
+    web: cabc.Callable[..., Web], answered: bool
+) -> None:
+    w = web(question_timeout=300 if answered else 0.2)
+    w.post('call ask_user {"question": "which?", "options": ["a", "b"]}\nsay well then')
+    if answered:
+        asked = w.question("ask_user_requested")
+        assert (asked["question"], asked["options"]) == ("which?", ["a", "b"])
+        w.answer(asked, answer="b")
+    assert w.idle()["reply"] == "well then"
+    told = w.model.requests[-1].body["messages"][-1]["content"]
+    assert told == "b" if answered else "nobody answered in time" in told
 
 
 def test_there_is_no_shell_web_or_mcp_to_call(web: cabc.Callable[..., Web]) -> None:

@@ -80,7 +80,7 @@ def by_stream(probe: Probe, chance: random.Random, last: threading.Event) -> See
         live = probe.pool.find(probe.key())
         probe.pool.read_here(live)
         reader = Reader(live, probe.store, cursor)
-        frames = stream(reader, t.cast(t.Any, native), heartbeat=0.01, lease=None, follow=not over)
+        frames = stream(reader, t.cast(t.Any, native), heartbeat=0.01, lease=300.0, follow=not over)
         for _ in range(chance.randint(1, 6)):
             chunk = next(frames, None)
             if chunk is None:

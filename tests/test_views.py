@@ -386,7 +386,7 @@ def test_call_ids_are_ours_and_pair_up(web: Make) -> None:
 def test_workspace_paths_are_relative_and_bad_text_is_mended(web: Make) -> None:
     w = web(say("x"))
     w.ask()
-    folder = str(w.agents.agents[0]._transport._workspace)
+    folder = str(w.agents.agents[0].transport._workspace)
     w.agents._default = (say(f"see {folder}/notes.txt in {folder}", "\ud800", "é"),)
     assert w.ask("b")["reply"] == "see notes.txt in .?é"
 
@@ -608,7 +608,7 @@ def test_a_bad_page_of_sessions_says_so(web: Make, page: str) -> None:
 def test_an_old_session_goes_with_its_own_folder(web: Make) -> None:
     w = web(workspace="session", conversation_ttl=3600)
     w.ask()
-    folder = Path(w.agents.agents[0]._transport._workspace)
+    folder = Path(w.agents.agents[0].transport._workspace)
     (folder / "notes.txt").write_text("mine")
     pool = pool_of(w.app)
     pool.tick(pool.clock() + 3700)
@@ -744,6 +744,7 @@ def test_delete_forgets_the_keys(web: Make) -> None:
 GUARDED = [
     ("POST", "/chat/s"),
     ("POST", "/chat/s/cancel"),
+    ("POST", "/chat/s/answer"),
     ("GET", "/chat/s/events"),
     ("DELETE", "/session/s"),
     ("GET", "/session/s"),
@@ -814,7 +815,7 @@ def test_names_never_leave_the_root(web: Make, tmp_path: t.Any, tenant: str) -> 
         "/chat/s", {"message": "hi"}, who=who, Accept="application/json", Prefer="wait=9"
     )
     assert response.json["status"] == "completed"
-    folder = w.agents.agents[0]._transport._workspace
+    folder = w.agents.agents[0].transport._workspace
     assert folder.startswith(str(tmp_path / "root0" / "workspaces") + "/")
     assert ".." not in folder
 

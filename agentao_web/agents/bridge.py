@@ -1,4 +1,4 @@
-"""Between one Agentao and the turn it runs: events out by allow-list, questions answered no.
+"""Between one Agentao and the turn it runs: events out by allow-list, questions to people.
 
 A bridge is made before its agent and stays its transport for ever: agentao captures the transport
 at construction (notes: "never assign agent.transport"). What turn it serves changes inside.
@@ -14,9 +14,15 @@ import typing as t
 from agentao.cancellation import AgentCancelledError
 from agentao.cancellation import CancellationToken
 from agentao.transport.confirmation import APPROVAL_UNAVAILABLE
+from agentao.transport.confirmation import gate_note
 from agentao.transport.confirmation import record_decline
 
+from agentao_web.agents.approvals import SPANS
+from agentao_web.agents.approvals import Approvals
+from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.log import Draft
+from agentao_web.core.question import Question
+from agentao_web.core.rules import Rules
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
 from agentao_web.core.turn import TurnRequest
@@ -26,6 +32,7 @@ RESULT_LIMIT: t.Final = 4096
 TEXT_LIMIT: t.Final = 16_384
 _DEPTH_LIMIT: t.Final = 6
 _ITEMS_LIMIT: t.Final = 64
+_CHOICE_LIMIT: t.Final = 1024
 
 #: Agentao's words for a turn without a whole answer that are shown as they are.
 _INCOMPLETE: t.Final = frozenset(
@@ -33,7 +40,14 @@ _INCOMPLETE: t.Final = frozenset(
 )
 #: Events after which the past of a history may have been rewritten.
 _REWRITES: t.Final = frozenset({"context_compressed", "compaction_settled", "images_removed"})
-_NOT_AVAILABLE: t.Final = "[ask_user: not available: nobody can answer questions here]"
+#: What the model reads when it asked and was not answered.
+_NOBODY: t.Final = (
+    "[ask_user: nobody answered in time. Go on without an answer, or say what you need.]"
+)
+_STOPPED: t.Final = "[ask_user: the turn was stopped.]"
+#: Why a call that was not run did not, in agentao's words (agentao/runtime/tool_executor.py).
+_NOT_RUN: t.Final = ("not approved", "approval unavailable", "denied")
+_MORE_STEPS: t.Final = ("continue", "stop")
 _NO_ANSWER: t.Final = "[No answer: the model could not be reached.]"
 
 Data = cabc.Mapping[str, t.Any]
@@ -46,13 +60,17 @@ class Stage(t.Protocol):
 
     def publish(self, draft: Draft) -> None: ...
     def on_stop(self, callback: cabc.Callable[[str], None]) -> None: ...
+    def ask(self, kind: str, data: cabc.Mapping[str, t.Any]) -> Question: ...
+    def approved(self, data: cabc.Mapping[str, t.Any], by: str) -> None: ...
     def stop(self, reason: str) -> None: ...
 
 
 class Bridge:
     """agentao's CoreTransport (agentao/transport/base.py) for one session."""
 
-    def __init__(self, workspace: str, *, thinking: bool) -> None:
+    def __init__(
+        self, workspace: str, *, thinking: bool, approved: cabc.Iterable[Question] = ()
+    ) -> None:
         self.rewritten = False
         """The history was rewritten since this was last set to False."""
         self._workspace = workspace
@@ -61,10 +79,14 @@ class Bridge:
         self._usage: dict[str, int] = {}
         self._calls: dict[str, str] = {}
         self._numbers = itertools.count(1)
+        self._approvals = Approvals(approved)
+        self._confirming: str | None = None
+        self._asked: set[str] = set()
 
     def attach(self, stage: Stage) -> None:
         """From now on events go to *stage*."""
-        self._usage, self._calls = {}, {}
+        self._usage, self._calls, self._asked = {}, {}, set()
+        self._approvals.begin()
         self._numbers = itertools.count(1)
         self._stage = stage
 
@@ -81,6 +103,9 @@ class Bridge:
         kind = str(getattr(event.type, "value", event.type))
         if kind in _REWRITES:
             self.rewritten = True
+        elif kind == "tool_confirmation":
+            # Just before confirm_tool, which is not told which call it is about.
+            self._confirming = str(event.data.get("call_id"))
         shape = _SHAPES.get(kind)
         if stage is None or shape is None:
             return
@@ -88,17 +113,85 @@ class Bridge:
             stage.publish(draft)
 
     def confirm_tool(self, tool_name: str, description: str, args: dict[str, t.Any]) -> bool:
-        """Nobody can approve anything yet, and the model is told so."""
-        record_decline(APPROVAL_UNAVAILABLE)
+        """Ask a person whether this call may run, unless that is remembered.
+
+        No answer in time means no, and the model is told so in a way that lets it go on.
+        """
+        stage = self._stage
+        if stage is None:
+            return False
+        # What is gated is asked for one call only (agentao/transport/confirmation.py).
+        spans = list(SPANS) if gate_note() is None else []
+        shown = self.plain(args)
+        data = {
+            "call_id": self._confirmed_call(),
+            "tool": self.text(tool_name, 128),
+            "description": self.text(description, RESULT_LIMIT),
+            "args": shown,
+            "remember": spans,
+        }
+        if spans and (span := self._approvals.covers(tool_name, shown)):
+            stage.approved(data, f"an approval for this {span}")
+            return True
+        question = stage.ask("tool_confirmation", data)
+        if question.outcome == "approved":
+            if span := question.answer.get("remember"):
+                self._approvals.add(span, tool_name, shown)
+            return True
+        if question.outcome == "expired":
+            record_decline(APPROVAL_UNAVAILABLE)
         return False
 
-    def ask_user(self, question: str, **hints: t.Any) -> str:
-        """Nobody can answer yet."""
-        return _NOT_AVAILABLE
+    def ask_user(
+        self,
+        question: str,
+        *,
+        header: t.Any = None,
+        options: t.Any = None,
+        multiple: t.Any = False,
+        allow_custom: t.Any = True,
+    ) -> str:
+        """Ask a person something; what the model is told. Possibly on several threads at once."""
+        stage = self._stage
+        if stage is None:
+            return _STOPPED
+        choices = options if isinstance(options, list) else []
+        choices = [self.text(choice, _CHOICE_LIMIT) for choice in choices[:_ITEMS_LIMIT]]
+        data = {
+            "question": self.text(question, TEXT_LIMIT),
+            "header": None if header is None else self.text(header, _CHOICE_LIMIT),
+            "options": choices,
+            "multiple": bool(multiple),
+            "allow_custom": bool(allow_custom) or not choices,
+        }
+        try:
+            closed = stage.ask("ask_user_requested", data)
+        except StoreUnavailable:
+            # Raised here it would only be one more tool that failed.
+            stage.stop("store_unavailable")
+            return _STOPPED
+        if closed.outcome == "answered":
+            return str(closed.answer["answer"])
+        return _NOBODY if closed.outcome == "expired" else _STOPPED
 
     def on_max_iterations(self, count: int, messages: list[t.Any]) -> dict[str, t.Any]:
-        """The step limit is a limit."""
-        return {"action": "stop"}
+        """Ask whether to go on: ``continue``, ``stop``, or what to do instead."""
+        answer = self.ask_user(
+            f"{count} steps were not enough. Go on? You may also say what to do instead.",
+            header="More steps?",
+            options=list(_MORE_STEPS),
+        )
+        if answer in (_NOBODY, _STOPPED, "stop"):
+            return {"action": "stop"}
+        if answer == "continue":
+            return {"action": "continue"}
+        return {"action": "new_instruction", "message": answer}
+
+    def _confirmed_call(self) -> str:
+        theirs = self._confirming or ""
+        self._confirming = None
+        self._asked.add(theirs)
+        return self.call_id(theirs, fresh=True)
 
     # -- what leaves the server ----------------------------------------------------------------
 
@@ -157,15 +250,21 @@ class Bridge:
         yield Draft("llm_retry", {**fields, "reason": self.text(data.get("reason", ""), 64)})
 
     def _tool_start(self, data: Data) -> cabc.Iterator[Draft]:
-        fields = self._tool(data, fresh=True)
+        theirs = str(data.get("call_id"))
+        # One that was asked about has its id already.
+        fields = self._tool(data, fresh=theirs not in self._asked)
+        self._asked.discard(theirs)
         yield Draft("tool_start", {**fields, "args": self.plain(data.get("args", {}))})
 
     def _tool_output(self, data: Data) -> cabc.Iterator[Draft]:
         return self._pieces("tool_output", "chunk", data.get("chunk", ""), **self._tool(data))
 
     def _tool_complete(self, data: Data) -> cabc.Iterator[Draft]:
-        status = {"status": str(data.get("status")), "duration_ms": data.get("duration_ms")}
-        yield Draft("tool_complete", {**self._tool(data), **status})
+        status = str(data.get("status"))
+        if status == "cancelled" and str(data.get("error", "")).startswith(_NOT_RUN):
+            status = "denied"
+        told = {"status": status, "duration_ms": data.get("duration_ms")}
+        yield Draft("tool_complete", {**self._tool(data), **told})
 
     def _tool_result(self, data: Data) -> cabc.Iterator[Draft]:
         content = self.text(data.get("content", ""))
@@ -223,10 +322,13 @@ class AgentaoAgent:
         agent: t.Any,
         bridge: Bridge,
         *,
+        rules: Rules,
         max_steps: int,
         close: cabc.Callable[[t.Any], None],
         log: logging.Logger,
     ) -> None:
+        self.rules = rules
+        """What it may do; the rules it was built with."""
         self._agent = agent
         self._bridge = bridge
         self._max_steps = max_steps

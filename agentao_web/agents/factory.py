@@ -95,17 +95,20 @@ class AgentaoAgents:
         guards.install()
         principal = Principal(key.tenant, key.user)
         workspace = self.workspaces.make(key)
-        bridge = Bridge(str(workspace), thinking=self._options.thinking)
+        rules = self._rules(principal)
+        bridge = Bridge(str(workspace), thinking=self._options.thinking, approved=history.approved)
         if self._factory is not None:
             info = SessionInfo(key.id, workspace, history.messages)
             agent = self._factory(principal, info, bridge)
             close = _close_theirs
         else:
-            rules = self._rules(principal)
             agent = self._agentao(key, workspace, bridge, history, rules)
             close = close_agent
         steps = self._options.max_steps
-        return AgentaoAgent(agent, bridge, max_steps=steps, close=close, log=self._log)
+        return AgentaoAgent(agent, bridge, rules=rules, max_steps=steps, close=close, log=self._log)
+
+    def suits(self, key: SessionKey, agent: AgentaoAgent) -> bool:
+        return agent.rules == self._rules(Principal(key.tenant, key.user))
 
     def warm(self) -> None:
         """Load what the first agent would load: the SDK, which takes most of a second."""

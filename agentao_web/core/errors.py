@@ -89,6 +89,13 @@ class IdempotencyConflict(WebError):
     code = "idempotency_conflict"
 
 
+class QuestionClosed(WebError):
+    """This question was closed before."""
+
+    status = 409
+    code = "question_closed"
+
+
 class PayloadTooLarge(WebError):
     """The request body is too large."""
 

@@ -112,7 +112,7 @@ class Revocation(t.NamedTuple):
 
 
 class Signal(t.NamedTuple):
-    """Another worker asks ours to stop a turn it accepted."""
+    """Another worker asks something of ours: mostly to stop a turn it accepted."""
 
     key: SessionKey
     turn_id: str
@@ -311,7 +311,7 @@ class Store(t.Protocol):
         """*worker* has gone cleanly: its heartbeat and its signals are removed."""
 
     def signal(self, key: SessionKey, reason: str, *, but: str, running_only: bool = False) -> int:
-        """Ask the workers of the session's active turns to stop them, all but worker *but*'s own.
+        """Tell the workers of the session's active turns *reason*, all but worker *but*'s own.
 
         With *running_only* the queued ones are spared. Returns how many turns that are.
         """

@@ -8,6 +8,7 @@ import re
 import typing as t
 
 from agentao_web.core.errors import FAILURES
+from agentao_web.core.question import OUTCOMES
 from agentao_web.core.turn import STOP_REASONS
 from agentao_web.core.turn import State
 
@@ -143,6 +144,9 @@ EVENT_TYPES: t.Final = (
     "tool_output",
     "tool_complete",
     "tool_result",
+    "tool_confirmation",
+    "ask_user_requested",
+    "question_closed",
     "usage",
     "llm_retry",
     "context_compressed",
@@ -166,6 +170,23 @@ _TURN = _object(
     created_at=_NUMBER,
     cursor=_INTEGER,
 )
+_QUESTION = _object(
+    "turn_id type question_id expires_at",
+    turn_id=_STRING,
+    type=_enum("tool_confirmation", "ask_user_requested"),
+    question_id=_STRING,
+    expires_at={"type": "number", "description": "Unix seconds"},
+    call_id=_STRING,
+    tool=_STRING,
+    description=_STRING,
+    args=_ANY_OBJECT,
+    remember=_list(_enum("turn", "session")),
+    question=_STRING,
+    header={"type": ["string", "null"]},
+    options={"type": ["array", "null"], "items": _STRING},
+    multiple=_BOOLEAN,
+    allow_custom=_BOOLEAN,
+)
 _ENDS = [s.value for s in State if s not in {State.QUEUED, State.RUNNING, State.WAITING}]
 
 SCHEMAS: t.Final[dict[str, Schema]] = {
@@ -187,6 +208,25 @@ SCHEMAS: t.Final[dict[str, Schema]] = {
         status=_enum(*(s.value for s in State)),
         cursor=_INTEGER,
         events_url=_STRING,
+        questions=_list(_QUESTION),
+    ),
+    "Answer": {
+        **_object(
+            "question_id",
+            question_id={"type": "string", "minLength": 1, "maxLength": 200},
+            approve=_BOOLEAN,
+            answer={
+                "anyOf": [
+                    {"type": "string", "minLength": 1},
+                    {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+                ]
+            },
+            remember=_enum("turn", "session"),
+        ),
+        "additionalProperties": False,
+    },
+    "Answered": _object(
+        "ok question_id outcome", ok=_BOOLEAN, question_id=_STRING, outcome=_enum(*OUTCOMES)
     ),
     "TurnResult": _object(
         "session_id turn_id status reply cursor",
@@ -229,7 +269,7 @@ SCHEMAS: t.Final[dict[str, Schema]] = {
         state=_enum("idle", "running", "waiting"),
         turn={"anyOf": [_TURN, {"type": "null"}]},
         queued=_list(_TURN),
-        questions=_list(_ANY_OBJECT),
+        questions=_list(_QUESTION),
         cursor=_INTEGER,
         title=_STRING,
         created_at=_NUMBER,

@@ -14,6 +14,9 @@ from agentao_web.core.errors import InvalidRequest
 from agentao_web.core.errors import PayloadTooLarge
 from agentao_web.core.log import MAX_SEQ
 from agentao_web.core.names import is_session_id
+from agentao_web.core.question import MAX_ANSWER
+from agentao_web.core.question import MAX_CHOICES
+from agentao_web.core.question import Reply
 from agentao_web.core.turn import TurnRequest
 
 #: What the model's providers take inline (agentao/media_limits.py), and how each begins.
@@ -97,6 +100,37 @@ def title(body: bytes) -> str:
     if not 1 <= len(text) <= MAX_TITLE:
         raise InvalidRequest(f"title must be 1 to {MAX_TITLE} characters", field="title")
     return text
+
+
+def answer(body: bytes) -> tuple[str, Reply]:
+    """The body of ``POST /chat/<sid>/answer``: which question, and what; the rest is refused."""
+    fields = json_object(body)
+    for name in fields.keys() - {"question_id", "approve", "answer", "remember"}:
+        raise InvalidRequest(f"{name} is no part of an answer", field=name)
+    question_id = _text(fields.get("question_id"), "question_id")
+    if not 1 <= len(question_id) <= MAX_TITLE:
+        raise InvalidRequest("question_id must be the id of a question", field="question_id")
+    approve, said = fields.get("approve"), fields.get("answer")
+    if (approve is None) == (said is None):
+        raise InvalidRequest("send approve or answer, one of the two", field="approve")
+    if approve is not None and not isinstance(approve, bool):
+        raise InvalidRequest("approve must be true or false", field="approve")
+    remember = fields.get("remember")
+    if remember is not None and remember not in ("turn", "session"):
+        raise InvalidRequest("remember must be turn or session", field="remember")
+    return question_id, Reply(approve, None if said is None else _said(said), remember)
+
+
+def _said(value: t.Any) -> str | tuple[str, ...]:
+    several = value if isinstance(value, list) else [value]
+    if not 1 <= len(several) <= MAX_CHOICES:
+        raise InvalidRequest(f"answer must name 1 to {MAX_CHOICES} choices", field="answer")
+    words = tuple(_text(word, "answer") for word in several)
+    if sum(map(len, words)) > MAX_ANSWER:
+        raise PayloadTooLarge("answer is too long", field="answer", limit=MAX_ANSWER)
+    if not all(word.strip() for word in words):
+        raise InvalidRequest("answer is blank", field="answer")
+    return words if isinstance(value, list) else words[0]
 
 
 def mark(updated: float, sid: str) -> str:
