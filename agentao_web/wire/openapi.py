@@ -88,8 +88,7 @@ def _response(code: int, name: str) -> Schema:
     streams, _, schema = name.rpartition(":")
     content: Schema = {"application/json": {"schema": _ref(schema)}}
     if streams:
-        # Each message's data is an Event; an id is its seq.
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _MESSAGE}
     response: Schema = {"description": schema, "content": content}
     if code == 202 and schema == "Accepted":
         response["headers"] = {"Location": {"schema": {"type": "string"}}}
@@ -105,6 +104,21 @@ def _error_response() -> Schema:
         },
         "content": {"application/json": {"schema": _ref("Error")}},
     }
+
+
+#: One message of a stream (HTML, section 9.2): OpenAPI 3.1 has no words of its own for it.
+_MESSAGE: t.Final[Schema] = {
+    "type": "object",
+    "description": "One message of the stream",
+    "properties": {
+        "id": {"type": "string", "description": "The event's seq"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": "#/components/schemas/Event"},
+        },
+    },
+}
 
 
 def _ref(name: str) -> Schema:
