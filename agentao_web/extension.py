@@ -14,6 +14,7 @@ from werkzeug.routing import Rule
 from agentao_web import views
 from agentao_web.agents.factory import AgentaoAgents
 from agentao_web.agents.factory import Factory
+from agentao_web.agents.tools import ToolsFor
 from agentao_web.auth import Authenticate
 from agentao_web.auth import Revoked
 from agentao_web.auth import Tokens
@@ -47,6 +48,9 @@ class AgentaoWeb:
     its tenant has by the settings, it returns those or changed ones. Called for every turn, on
     the turn's thread, in an application context.
 
+    *tools* gives agents functions of the host's: called with the principal whenever an agent is
+    built, it returns a list of them (see agentao_web.tool).
+
     *agents* replaces the building of agents altogether: called with the principal, a SessionInfo
     and the transport to construct the agent with, it returns an Agentao.
     """
@@ -56,8 +60,12 @@ class AgentaoWeb:
         *,
         authenticate: Authenticate | None = None,
         rules: RulesFor | None = None,
+        tools: ToolsFor | None = None,
         agents: Factory | None = None,
     ) -> None:
+        if tools is not None and not callable(tools):
+            raise RuntimeError("tools= is a function: lambda principal: [your, functions]")
+        self._tools = tools
         self._authenticate = authenticate
         self._rules = rules
         self._agents = agents
@@ -75,7 +83,14 @@ class AgentaoWeb:
         settings = Settings.from_mapping(app.config)
         log = logging.getLogger("agentao_web")
         rules = _rules(app, settings, self._rules)
-        agents = AgentaoAgents(settings, rules=rules, factory=self._agents, log=log)
+        agents = AgentaoAgents(
+            settings,
+            rules=rules,
+            factory=self._agents,
+            tools=self._tools,
+            context=app.app_context,
+            log=log,
+        )
         store = open_store(settings)
         app.extensions[_KEY] = views.Parts(
             settings=settings,

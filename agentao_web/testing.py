@@ -71,15 +71,22 @@ def say(*chunks: str) -> Step:
     return step
 
 
-def use(tool: str, result: str = "", status: str = "ok", **args: t.Any) -> Step:
-    """Use a tool, as far as the events go."""
+def use(tool: str, result: str | None = None, status: str = "ok", **args: t.Any) -> Step:
+    """Use a tool: a function of ``tools=`` is called with *args*, and nobody is asked.
+
+    With a *result*, or of any other tool, there are only the events of it.
+    """
 
     def step(agent: ScriptedAgent) -> None:
         agent.tool_count += 1
         call: dict[str, t.Any] = {"tool": tool, "call_id": f"call-{agent.tool_count}"}
         agent.emit("tool_start", args=args, **call)
-        agent.emit("tool_complete", status=status, duration_ms=1, **call)
-        agent.emit("tool_result", content=result, **call)
+        ended, text = status, result or ""
+        if result is None and tool in agent.tools:
+            ended, text = agent.tools[tool].call(args, agent.token)
+        agent.results.append(text)
+        agent.emit("tool_complete", status=ended, duration_ms=1, **call)
+        agent.emit("tool_result", content=text, **call)
 
     return step
 
@@ -176,6 +183,9 @@ class ScriptedAgent:
 
     def __init__(self, scripts: Scripted, session: SessionInfo, transport: t.Any) -> None:
         self.messages: list[dict[str, t.Any]] = list(session.history)
+        self.tools = {tool.name: tool for tool in session.tools}
+        self.results: list[str] = []
+        """What its tools gave, in order."""
         self.closed = False
         self.last_turn: _LastTurn | None = None
         self.token: t.Any = None

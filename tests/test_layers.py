@@ -55,11 +55,14 @@ ONLY_IN = {
     "httpcore2": {"agents"},
     "openai": {"agents"},
     "regex": {"agents"},
+    "pydantic": {"agents"},
+    "pydantic_core": {"agents"},
 }
 
 #: Calls that start or wait for threads, and the files they belong in.
 THREADS = {
     "Thread": {
+        "agents/tools.py",
         "readers.py",
         "runner.py",
         "peers.py",

@@ -9,6 +9,7 @@ import collections.abc as cabc
 import copy
 import difflib
 import logging
+import re
 import time
 import typing as t
 from pathlib import Path
@@ -91,7 +92,9 @@ def build_agent(
     *llm_client* may be shared. Its logger is the one agentao writes to: give it one that does
     not propagate.
     """
-    tools = [*(make() for make in _BOUNDED), *extra_tools]
+    extra = list(extra_tools)
+    tools = [*(make() for make in _BOUNDED), *extra]
+    asking = {tool.name for tool in extra if tool.requires_confirmation}
     agent = WorkspaceAgent(
         working_directory=NOWHERE,
         transport=transport,
@@ -99,7 +102,7 @@ def build_agent(
         logger=logger,
         max_context_tokens=max_context_tokens,
         filesystem=ConfinedFS(workspace),
-        permission_engine=_permissions(workspace, policy, {tool.name for tool in tools}),
+        permission_engine=_permissions(workspace, policy, {tool.name for tool in tools}, asking),
         enabled_tools=(*READ_TOOLS, *WRITE_TOOLS),
         extra_tools=tools,
         project_instructions="",
@@ -125,12 +128,17 @@ def close_agent(agent: Agentao) -> None:
     agent.memory_manager.close()
 
 
-def _permissions(workspace: Path, policy: str, given: set[str]) -> PermissionEngine:
+def _permissions(
+    workspace: Path, policy: str, given: set[str], asking: set[str]
+) -> PermissionEngine:
+    """*given* are all tools that are not agentao's own, *asking* those the policy is about."""
     if policy not in _WRITE_RULES:
         raise ValueError(f"policy is one of {', '.join(_WRITE_RULES)}, not {policy!r}")
+    action = _WRITE_RULES[policy]
     engine = PermissionEngine(
         project_root=workspace,
-        rules=[{"tool": name, "action": _WRITE_RULES[policy]} for name in WRITE_TOOLS],
+        # A rule's tool is a regular expression.
+        rules=[{"tool": re.escape(n), "action": action} for n in (*WRITE_TOOLS, *sorted(asking))],
     )
     if policy == "read-only":
         engine.set_mode(PermissionMode.READ_ONLY)

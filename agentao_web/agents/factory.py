@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc as cabc
+import contextlib
 import dataclasses
 import logging
 import os
@@ -19,6 +20,10 @@ from agentao_web.agents.bridge import Bridge
 from agentao_web.agents.build import build_agent
 from agentao_web.agents.build import close_agent
 from agentao_web.agents.llm import ModelPool
+from agentao_web.agents.tools import Context
+from agentao_web.agents.tools import HostTool
+from agentao_web.agents.tools import HostTools
+from agentao_web.agents.tools import ToolsFor
 from agentao_web.agents.workspaces import Workspaces
 from agentao_web.core.history import History
 from agentao_web.core.names import Principal
@@ -36,6 +41,8 @@ class SessionInfo:
     """A folder that exists."""
     history: list[dict[str, t.Any]]
     """What was said before; the agent's ``messages`` have to begin with these."""
+    tools: tuple[HostTool, ...] = ()
+    """What ``tools=`` gives this principal, for the ``extra_tools=`` of an Agentao."""
 
 
 Factory = cabc.Callable[[Principal, SessionInfo, t.Any], t.Any]
@@ -60,12 +67,15 @@ class Options(t.Protocol):
     def llm_call_timeout(self) -> float: ...
     @property
     def llm_attempts(self) -> int: ...
+    @property
+    def tool_timeout(self) -> float: ...
 
 
 class AgentaoAgents:
     """Builds the agents of one application (agentao_web.runner.Agents).
 
-    *rules* says what the agents of a principal may do; it is asked whenever one is built.
+    *rules* says what the agents of a principal may do, *tools* which functions of the host's they
+    have; both are asked whenever one is built. *context* is entered around the host's functions.
     Raises RuntimeError at once if there is neither a model nor a host's own *factory*.
     """
 
@@ -75,12 +85,15 @@ class AgentaoAgents:
         *,
         rules: cabc.Callable[[Principal], Rules],
         factory: Factory | None = None,
+        tools: ToolsFor | None = None,
+        context: Context = contextlib.nullcontext,
         environ: cabc.Mapping[str, str] = os.environ,
         log: logging.Logger,
     ) -> None:
         guards.check_agentao()
         llm.check_agentao()
         self.workspaces = Workspaces(options.root, options.workspace)
+        self.tools = HostTools(tools, context=context, timeout=options.tool_timeout, log=log)
         self._options = options
         self._rules = rules
         self._factory = factory
@@ -97,12 +110,13 @@ class AgentaoAgents:
         workspace = self.workspaces.make(key)
         rules = self._rules(principal)
         bridge = Bridge(str(workspace), thinking=self._options.thinking, approved=history.approved)
+        tools = self.tools.made_for(principal)
         if self._factory is not None:
-            info = SessionInfo(key.id, workspace, history.messages)
+            info = SessionInfo(key.id, workspace, history.messages, tuple(tools))
             agent = self._factory(principal, info, bridge)
             close = _close_theirs
         else:
-            agent = self._agentao(key, workspace, bridge, history, rules)
+            agent = self._agentao(key, workspace, bridge, history, rules, tools)
             close = close_agent
         steps = self._options.max_steps
         return AgentaoAgent(agent, bridge, rules=rules, max_steps=steps, close=close, log=self._log)
@@ -132,6 +146,7 @@ class AgentaoAgents:
         bridge: Bridge,
         history: History,
         rules: Rules,
+        tools: list[HostTool],
     ) -> t.Any:
         quiet = _quiet_logger()
         if self._options.demo:
@@ -146,6 +161,7 @@ class AgentaoAgents:
             history=history.messages,
             session_id=key.id,
             policy=rules.policy,
+            extra_tools=tools,
         )
 
     def _pool(self) -> ModelPool:
