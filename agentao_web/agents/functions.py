@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import json
 import math
 import re
 import threading
@@ -20,7 +21,7 @@ import weakref
 import pydantic
 import typing_extensions
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import to_jsonable_python
+from pydantic_core import to_json
 
 from agentao_web.core.names import Principal
 
@@ -152,7 +153,7 @@ class Description:
                 continue
             # The function's own default is used anyway; one that is no JSON is not shown.
             with contextlib.suppress(ValueError):
-                field["default"] = to_jsonable_python(parameter.default, inf_nan_mode="strings")
+                field["default"] = json.loads(to_json(parameter.default, inf_nan_mode="strings"))
 
 
 _WORDS: t.Final = {"missing": "is missing", "extra_forbidden": "is not known"}
@@ -268,17 +269,21 @@ def _parameters(function: t.Any) -> cabc.Iterator[inspect.Parameter]:
 def _hints(
     function: t.Any, inner: t.Any, parameters: cabc.Iterable[inspect.Parameter]
 ) -> dict[str, t.Any]:
+    names = [parameter.name for parameter in parameters]
     try:
-        found = t.get_type_hints(inner, include_extras=True)
+        given = getattr(inner, "__annotations__", {})
+        # Of the parameters only: what it returns may be known to the type checker alone.
+        wanted = types.SimpleNamespace(__annotations__={n: given[n] for n in names if n in given})
+        known = getattr(inspect.unwrap(inner), "__globals__", {})
+        found = t.get_type_hints(wanted, globalns=known, include_extras=True)
     except NameError as exc:
         raise _later(function, exc.name) from None
     except Exception as exc:
         raise _no(function, f"its hints cannot be read: {_first_line(exc)}") from exc
-    names = [parameter.name for parameter in parameters]
     for name in names:
         if name not in found:
             raise _no(function, f"the parameter {name} has no type hint")
-    return {name: found[name] for name in names}
+    return found
 
 
 def _arguments(
