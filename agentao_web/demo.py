@@ -428,7 +428,7 @@ def _name(text: str) -> str:
     return text.strip().strip("\"'`")
 
 
-def _use(talk: Talk, lead: str, tool: str, **arguments: t.Any) -> Reply:
+def _use(talk: Talk, lead: str, tool: str, /, **arguments: t.Any) -> Reply:
     if tool not in talk.tools:
         return Reply(f"I would need the tool {tool} for this, but I was not given it.")
     return Reply(lead, tool=tool, arguments=arguments)
@@ -469,6 +469,16 @@ def _ask(match: re.Match[str], talk: Talk) -> Reply:
     options = [option for option in options if option][:10]
     hints = {"options": options} if options else {}
     return _use(talk, "Here is my question.", "ask_user", question=question, **hints)
+
+
+def _call_any(match: re.Match[str], talk: Talk) -> Reply:
+    try:
+        arguments = json.loads(_rest(match, talk, 2) or "{}") if match[2] else {}
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        return Reply('I could not read that; arguments look like {"name": "value"}.')
+    return _use(talk, f"Let me use {match[1]}.", match[1], **arguments)
 
 
 def _think(match: re.Match[str], talk: Talk) -> Reply:
@@ -526,6 +536,7 @@ COMMANDS = (
     _row("search TEXT", r"search\s+(?:for\s+)?(\S.*)", _search),
     _row("write NAME: CONTENT", r"write\s+([^\s:]+)(?:\s*:\s*|\s+)(\S.*)", _write),
     _row("ask me QUESTION? a, b or c", r"ask\s+me\s+([^?]+\??)(.*)", _ask),
+    _row("use TOOL {JSON}", r"use\s+([\w-]{1,64})(?:\s+(\{.*))?", _call_any),
     _row("think about X", r"think\s+about\s+(\S.*)", _think),
     _row(
         "take N seconds (600 at most), or take long",

@@ -1,5 +1,6 @@
 """The demo model, driven through a real agent: every command, and no network."""
 
+import json
 import logging
 import threading
 import time
@@ -126,6 +127,28 @@ def test_text_is_streamed_word_by_word(desk):
     answer = desk.say("say one two  three\nfour")
     assert answer == "one two  three\nfour"
     assert desk.seen.words() == ["one ", "two  ", "three\n", "four"]
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("use stock", {}),
+        ('use stock {"item": "tea", "tool": 1}', {"item": "tea", "tool": 1}),
+    ],
+)
+def test_use_calls_any_tool(text, arguments):
+    (call,) = ask(text, tools=["stock"]).tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("stock", arguments)
+
+
+@pytest.mark.parametrize("text", ["use stock {", "use stock {1}", "use stock {'a': 1}"])
+def test_use_needs_json(text):
+    message = ask(text, tools=["stock"])
+    assert not message.tool_calls and "arguments look like" in message.content
+
+
+def test_use_of_a_tool_that_is_not_there():
+    assert "was not given" in ask("use stock").content
 
 
 @pytest.mark.parametrize("text", ["list files", "list", "List files in .", "list ."])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc as cabc
 import json
 import threading
+import time
 import typing as t
 from pathlib import Path
 
@@ -44,7 +45,6 @@ class Shop:
         )
         web = AgentaoWeb(authenticate=self.who, tools=tools, agents=agents)
         web.init_app(self.app, url_prefix="/agent")
-        self.parts = self.app.extensions["agentao_web"]
 
     def who(self, request: t.Any) -> Principal:
         return Principal(*request.headers.get("X-User", "acme/ann").split("/"))
@@ -60,15 +60,14 @@ class Shop:
         return t.cast(list[dict[str, t.Any]], page["events"])
 
     def until_done(self) -> dict[str, t.Any]:
-        headers = {**WAIT, "X-User": "acme/ann"}
-        for _ in range(int(PATIENCE)):
-            page = self.app.test_client().get(
-                "/agent/chat/s/events?wait=1&after=1", headers=headers
-            )
-            last = self.events()[-1]
-            if last["type"] in ("done", "error"):
-                return last
-        raise AssertionError(page.json)
+        cursor, until = 0, time.monotonic() + PATIENCE
+        while True:
+            url = f"/agent/chat/s/events?after={cursor}&wait=1"
+            page = self.app.test_client().get(url, headers={**WAIT, "X-User": "acme/ann"}).json
+            if page["events"] and page["events"][-1]["type"] in ("done", "error"):
+                return t.cast(dict[str, t.Any], page["events"][-1])
+            cursor = page["cursor"]
+            assert time.monotonic() < until, page
 
 
 Make = cabc.Callable[..., Shop]
