@@ -9,6 +9,8 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+import types
 import typing as t
 from pathlib import Path
 
@@ -181,6 +183,11 @@ def test_the_whole_app_of_the_readme(ended: cabc.Callable[[Flask], Flask]) -> No
     assert client.post("/agent/chat/a", json=body).status_code == 403
     answer = client.post("/agent/chat/a", json=body, headers=WAIT)
     assert answer.json is not None and answer.json["reply"] == "hi"
+    body = {"message": 'use stock {"item": "tea"}'}
+    answer = client.post("/agent/chat/a", json=body, headers=WAIT)
+    assert (
+        answer.json is not None and '{"item":"tea","left":7,"told":"ann"}' in answer.json["reply"]
+    )
 
 
 def test_the_factory(ended: cabc.Callable[[Flask], Flask], tmp_path: Path) -> None:
@@ -245,6 +252,21 @@ def test_the_tests_of_a_host(tmp_path: Path) -> None:
     assert len(tests) == 2
     for name, test in tests.items():
         test(tmp_path / name)
+
+
+def test_tools_and_their_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: cabc.Callable[[Flask], Flask]
+) -> None:
+    shop = types.ModuleType("shop")
+    vars(shop).update(run("tools"))
+    monkeypatch.setitem(sys.modules, "shop", shop)
+    tests = run("tool-tests")
+    tests["test_an_order_is_cancelled"](tmp_path / "test")
+    client = ended(shop.create_app(AGENTAO_DEMO=True)).test_client()
+    for number, told in ((7, '"state":"cancelled"'), (8, "no such order"), (0, "number: ")):
+        body = {"message": f'use order_state {{"number": {number}}}'}
+        answer = client.post("/agent/chat/a", json=body, headers=WAIT)
+        assert answer.json is not None and told in answer.json["reply"]
 
 
 def test_the_gunicorn_config_is_ours() -> None:

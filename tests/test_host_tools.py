@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import json
+import logging
 import threading
 import time
 import typing as t
 from pathlib import Path
 
 import pytest
+from agentao import Agentao
+from agentao.mcp import InMemoryMCPRegistry
+from agentao.skills import SkillManager
 from flask import Flask
 from flask import current_app
 from flask import g
@@ -17,10 +21,14 @@ from flask import has_request_context
 
 from agentao_web import AgentaoWeb
 from agentao_web import Principal
+from agentao_web import SessionInfo
 from agentao_web import ToolError
 from agentao_web import shutdown
 from agentao_web import testing
 from agentao_web import tool
+from tests.agents.scripted_llm import ScriptedLLM
+from tests.agents.scripted_llm import call
+from tests.agents.scripted_llm import say as said
 from tests.model_server import ModelServer
 from tests.model_server import calls
 from tests.model_server import say
@@ -307,6 +315,31 @@ def test_what_cannot_be_a_tool_fails_the_turn_and_tells_the_host(
 def test_tools_must_be_a_function() -> None:
     with pytest.raises(RuntimeError, match="lambda principal"):
         AgentaoWeb(tools=[len])  # type: ignore[arg-type]
+
+
+def test_an_agent_of_the_hosts_own_has_them_too(shop: Make) -> None:
+    def stock(who: Principal) -> str:
+        """How many there are."""
+        return f"{current_app.name} for {who.user}"
+
+    llm = ScriptedLLM(call("stock"), said("done"))
+
+    def make_agent(principal: Principal, session: SessionInfo, transport: t.Any) -> Agentao:
+        return Agentao(
+            working_directory=session.workspace,
+            transport=transport,
+            llm_client=llm,
+            logger=logging.Logger("quiet"),
+            mcp_registry=InMemoryMCPRegistry(),
+            skill_manager=SkillManager(skills_dir=str(session.workspace / "none")),
+            enabled_tools=[],
+            extra_tools=session.tools,
+            permission_mode="full-access",
+        )
+
+    made = shop(stock, agents=make_agent)
+    assert made.post("go")["reply"] == "done"
+    assert llm.results == ["shop for ann"]
 
 
 def test_scripted_agents_use_the_hosts_tools(shop: Make) -> None:
