@@ -71,14 +71,17 @@ def tool(
 
     def mark(function: _F) -> _F:
         _check_options(options, function)
+        plain: t.Any = function
+        if isinstance(plain, staticmethod | classmethod):
+            plain = plain.__func__  # The wrapping is gone when the class is asked for it.
         try:
-            setattr(function, _OPTIONS, options)
+            setattr(plain, _OPTIONS, options)
         except (AttributeError, TypeError):
             raise _no(function, "it takes no attributes; wrap it in a function") from None
-        if not _may_be_method(function):
+        if not _may_be_method(plain):
             # What names a type that comes later in its module is looked at again.
             with contextlib.suppress(_Later):
-                describe(function)
+                describe(plain)
         return function
 
     return mark if function is None else mark(function)
@@ -175,6 +178,8 @@ _described: weakref.WeakKeyDictionary[types.CodeType, dict[str, tuple[_Given, De
     weakref.WeakKeyDictionary()
 )
 _lock = threading.Lock()
+#: Names of one piece of code: a decorator's wrapper has those of all that it decorates.
+_NAMES: t.Final = 256
 
 
 def describe(function: t.Any) -> Description:
@@ -189,7 +194,10 @@ def describe(function: t.Any) -> Description:
         return known[1]
     made = Description(function, given)
     with _lock:
-        _described.setdefault(code, {})[given.name] = (given, made)
+        names = _described.setdefault(code, {})
+        if len(names) >= _NAMES:
+            names.clear()  # A name for every principal: no use in keeping them.
+        names[given.name] = (given, made)
     return made
 
 

@@ -10,6 +10,8 @@ import collections
 import collections.abc as cabc
 import contextlib
 import contextvars
+import inspect
+import itertools
 import logging
 import secrets
 import threading
@@ -39,6 +41,8 @@ Context = cabc.Callable[[], contextlib.AbstractContextManager[t.Any]]
 #: Calls that may run on after nobody waits for them: of one tenant, and in the whole process.
 MAX_LEFT_PER_TENANT: t.Final = 8
 MAX_LEFT: t.Final = 32
+#: Items of a result that only yields them.
+MAX_ITEMS: t.Final = 10_000
 #: Characters of a ToolError's text.
 MAX_ERROR: t.Final = 4096
 
@@ -218,14 +222,24 @@ class HostTool(Tool):
         answer = Answer("error", "the tool failed")
         try:
             with bind_cancellation_token(token), self._context():
-                args, kwargs = self._description.read(arguments, self._principal)
-                answer = self._shown(self._function(*args, **kwargs))
+                answer = self._shown(self._called(arguments))
         except ToolError as exc:
             return Answer("error", _said(exc))
         except BaseException as exc:
             # SystemExit too: it would end this thread, and the model would wait for nothing.
             return Answer("error", f"the tool failed (error_id {self._logged(exc)})")
         return answer
+
+    def _called(self, arguments: cabc.Mapping[str, t.Any]) -> t.Any:
+        args, kwargs = self._description.read(arguments, self._principal)
+        result = self._function(*args, **kwargs)
+        if inspect.iscoroutine(result):
+            result.close()
+            raise TypeError(f"{self.name} returned a coroutine, which nobody runs")
+        if isinstance(result, cabc.Iterator):
+            # An endless one would take all memory, and nothing can stop pydantic.
+            return list(itertools.islice(result, MAX_ITEMS))
+        return result
 
     def _shown(self, result: t.Any) -> Answer:
         """Inside the context: showing a row of a database may still ask the database."""
