@@ -78,32 +78,30 @@ def use(tool: str, result: str | None = None, status: str = "ok", **args: t.Any)
     """
 
     def step(agent: ScriptedAgent) -> None:
-        agent.tool_count += 1
-        call: dict[str, t.Any] = {"tool": tool, "call_id": f"call-{agent.tool_count}"}
+        call = agent.next_call(tool)
         agent.emit("tool_start", args=args, **call)
-        ended, text = status, result or ""
-        if result is None and tool in agent.tools:
-            ended, text = agent.tools[tool].call(args, agent.token)
-        agent.results.append(text)
+        ended, text = agent.use(tool, args, result, status)
         agent.emit("tool_complete", status=ended, duration_ms=1, **call)
         agent.emit("tool_result", content=text, **call)
 
     return step
 
 
-def ask(tool: str, result: str = "", **args: t.Any) -> Step:
-    """Use a tool if a person approves it; without an approval it does not run."""
+def ask(tool: str, result: str | None = None, **args: t.Any) -> Step:
+    """Use a tool, as ``use`` does, if a person approves it; else it does not run."""
 
     def step(agent: ScriptedAgent) -> None:
-        agent.tool_count += 1
-        call: dict[str, t.Any] = {"tool": tool, "call_id": f"call-{agent.tool_count}"}
+        call = agent.next_call(tool)
         agent.emit("tool_confirmation", args=args, **call)
         approved = agent.transport.confirm_tool(tool, f"Runs {tool}.", args)
         agent.answers.append(approved)
         agent.emit("tool_start", args=args, **call)
-        ended = {"status": "ok"} if approved else {"status": "cancelled", "error": "not approved"}
-        agent.emit("tool_complete", duration_ms=1, **call, **ended)
-        agent.emit("tool_result", content=result if approved else "not approved", **call)
+        ended, error, text = "cancelled", "not approved", "not approved"
+        if approved:
+            error = ""
+            ended, text = agent.use(tool, args, result)
+        agent.emit("tool_complete", duration_ms=1, status=ended, error=error, **call)
+        agent.emit("tool_result", content=text, **call)
 
     return step
 
@@ -200,6 +198,20 @@ class ScriptedAgent:
     def emit(self, kind: str, **data: t.Any) -> None:
         """Send an event the way Agentao does."""
         self.transport.emit(SimpleNamespace(type=kind, data=data))
+
+    def next_call(self, tool: str) -> dict[str, t.Any]:
+        """What the events of one call of *tool* have in common."""
+        self.tool_count += 1
+        return {"tool": tool, "call_id": f"call-{self.tool_count}"}
+
+    def use(
+        self, tool: str, args: dict[str, t.Any], result: str | None, status: str = "ok"
+    ) -> tuple[str, str]:
+        """How a call ends, and its result: a given one, or what the host's function returns."""
+        if result is None and tool in self.tools:
+            status, result = self.tools[tool].call(args, self.token)
+        self.results.append(result or "")
+        return status, result or ""
 
     def chat(
         self,

@@ -67,13 +67,14 @@ class Shop:
         page = self.app.test_client().get("/agent/chat/s/events?wait=0", headers=headers).json
         return t.cast(list[dict[str, t.Any]], page["events"])
 
-    def until_done(self) -> dict[str, t.Any]:
+    def until(self, *kinds: str) -> dict[str, t.Any]:
         cursor, until = 0, time.monotonic() + PATIENCE
         while True:
             url = f"/agent/chat/s/events?after={cursor}&wait=1"
             page = self.app.test_client().get(url, headers={**WAIT, "X-User": "acme/ann"}).json
-            if page["events"] and page["events"][-1]["type"] in ("done", "error"):
-                return t.cast(dict[str, t.Any], page["events"][-1])
+            for event in page["events"]:
+                if event["type"] in kinds:
+                    return t.cast(dict[str, t.Any], event)
             cursor = page["cursor"]
             assert time.monotonic() < until, page
 
@@ -188,6 +189,32 @@ def test_the_policy_read_only_leaves_the_tools_that_only_read(
     assert ran == ["look"]
 
 
+@pytest.mark.parametrize("approve", [True, False])
+@pytest.mark.parametrize("real", [True, False])
+def test_a_person_decides_about_what_changes_something(
+    shop: Make, model: ModelServer, approve: bool, real: bool
+) -> None:
+    ran: list[int] = []
+
+    def change(n: int) -> str:
+        """Change it."""
+        ran.append(n)
+        return "changed"
+
+    agents = None if real else testing.scripted(testing.ask("change", n=1), testing.say("ok"))
+    made = shop(change, agents=agents, policy="ask")
+    made.post('call change {"n": 1}\nsay ok', Prefer="wait=0")
+    asked = made.until("tool_confirmation")["data"]
+    assert (asked["tool"], asked["args"], ran) == ("change", {"n": 1}, [])
+    answer = {"question_id": asked["question_id"], "approve": approve}
+    client = made.app.test_client()
+    assert client.post("/agent/chat/s/answer", json=answer, headers=WAIT).status_code == 200
+    assert made.until("done", "error")["reply"] == "ok"
+    assert ran == [1] * approve
+    (end,) = [e["data"]["status"] for e in made.events() if e["type"] == "tool_complete"]
+    assert end == ("ok" if approve else "denied")
+
+
 def test_every_principal_has_its_own(shop: Make) -> None:
     def tools_for(principal: Principal) -> list[t.Any]:
         assert current_app.name == "shop", "so that it may look the principal up"
@@ -258,7 +285,7 @@ def test_a_cancel_does_not_wait_for_the_tool(shop: Make) -> None:
             "ok": True,
             "cancelled": 1,
         }
-        done = made.until_done()
+        done = made.until("done", "error")
         assert done["data"]["reason"] == "cancelled_by_user" and not ended.is_set()
         assert made.post("say next")["reply"] == "next"
         shutdown(made.app, grace=2)
@@ -377,6 +404,6 @@ def test_a_cancel_ends_the_tool_of_a_scripted_agent_too(shop: Make) -> None:
         made.post("go", Prefer="wait=0")
         assert entered.wait(PATIENCE)
         made.app.test_client().post("/agent/chat/s/cancel", headers=WAIT)
-        assert made.until_done()["data"]["reason"] == "cancelled_by_user"
+        assert made.until("done", "error")["data"]["reason"] == "cancelled_by_user"
     finally:
         go.set()
