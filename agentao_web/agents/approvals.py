@@ -37,6 +37,14 @@ class Approvals:
         return next((span for span in SPANS if grant in self._grants[span]), None)
 
 
+def rememberable(tool: str, args: t.Any, shown: t.Any) -> bool:
+    """Whether an approval of the call, of which *shown* is kept, can be told from another's.
+
+    What is kept is shortened: two long commands may look the same in it.
+    """
+    return tool not in _CALL_BY_CALL or args == shown
+
+
 def _grant(tool: str, args: t.Any) -> str:
     aside = _CALL_BY_CALL.get(tool)
     if aside is None or not isinstance(args, dict):

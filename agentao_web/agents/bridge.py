@@ -19,6 +19,7 @@ from agentao.transport.confirmation import record_decline
 
 from agentao_web.agents.approvals import SPANS
 from agentao_web.agents.approvals import Approvals
+from agentao_web.agents.approvals import rememberable
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.log import Draft
 from agentao_web.core.question import Question
@@ -120,9 +121,9 @@ class Bridge:
         stage = self._stage
         if stage is None:
             return False
-        # What is gated is asked for one call only (agentao/transport/confirmation.py).
-        spans = list(SPANS) if gate_note() is None else []
         shown = self.plain(args)
+        # What is gated is asked for one call only (agentao/transport/confirmation.py).
+        spans = list(SPANS) if gate_note() is None and rememberable(tool_name, args, shown) else []
         data = {
             "call_id": self._confirmed_call(),
             "tool": self.text(tool_name, 128),
