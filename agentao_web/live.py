@@ -14,6 +14,7 @@ import typing as t
 
 from agentao_web.core.errors import Draining
 from agentao_web.core.errors import SessionBusy
+from agentao_web.core.errors import Quota
 from agentao_web.core.errors import TooManyTurns
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
@@ -205,7 +206,11 @@ class Live:
                     turn_id=self._current.turn.id,
                 )
             if len(self._queue) >= max_queue:
-                raise TooManyTurns("the queue of this session is full", queued=len(self._queue))
+                raise TooManyTurns(
+                    "the queue of this session is full",
+                    quota=Quota("queue", max_queue),
+                    queued=len(self._queue),
+                )
             if on_busy == "queue":
                 self._queue.append(live)
             else:

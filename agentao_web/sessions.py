@@ -16,8 +16,10 @@ import typing as t
 import uuid
 
 from agentao_web.core import limits
+from agentao_web.core.errors import BudgetExhausted
 from agentao_web.core.errors import Draining
 from agentao_web.core.errors import NotFound
+from agentao_web.core.errors import Quota
 from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.errors import TooManySessions
@@ -85,6 +87,8 @@ class Caps(t.Protocol):
     @property
     def max_turns_per_tenant(self) -> int | None: ...
     @property
+    def max_turns_per_user(self) -> int | None: ...
+    @property
     def max_queue(self) -> int: ...
     @property
     def log_bytes(self) -> int: ...
@@ -117,7 +121,9 @@ class SessionPool:
         clock: cabc.Callable[[], float] | None = None,
         log: logging.Logger | None = None,
         exhausted: cabc.Callable[[], None] = lambda: None,
+        may_spend: cabc.Callable[[SessionKey], None] = lambda key: None,
     ) -> None:
+        """*may_spend* raises BudgetExhausted if the tenant has no tokens left for a turn."""
         self.store = store
         self.clock = clock or steady_clock()
         self.exhausted = exhausted
@@ -125,6 +131,7 @@ class SessionPool:
         self._log = log or logging.getLogger("agentao_web")
         self._agents = agents
         self._caps = caps
+        self._may_spend = may_spend
         self._books = Books()
         self._lock = self._books.lock
         self._map: dict[SessionKey, Live] = {}
@@ -209,17 +216,18 @@ class SessionPool:
     def start(self, key: SessionKey, request: TurnRequest) -> Started:
         """Accept a turn: its message is committed when this returns.
 
-        Raises SessionBusy, TooManyTurns, TooManySessions, IdempotencyConflict, Draining or
-        StoreUnavailable; then nothing has changed.
+        Raises SessionBusy, TooManyTurns, TooManySessions, BudgetExhausted, IdempotencyConflict,
+        Draining or StoreUnavailable; then nothing has changed.
         """
         self._wake_up()
         deadline = min(request.timeout or self._caps.turn_timeout, self._caps.turn_timeout)
         turn = Turn(uuid.uuid4().hex, request, self.clock(), deadline)
         try:
+            self._may_spend(key)
             return self._start(key, turn)
         except AlreadyAccepted as before:
             return self._join(key, before.turn_id)
-        except SessionBusy:
+        except (SessionBusy, BudgetExhausted):
             # A repeated request is joined, also while its first one runs.
             joined = self._repeated(key, request)
             if joined is None:
@@ -335,13 +343,19 @@ class SessionPool:
     def _refuse_if_full(self, key: SessionKey) -> None:
         if self._draining:
             raise Draining
-        if self._books.slots >= self._caps.max_turns:
-            raise TooManyTurns("this worker runs as many turns as it may")
-        cap = self._caps.max_turns_per_tenant
-        if cap is not None:
-            mine = sum(1 for live in self._books.turns.values() if live.tenant == key.tenant)
-            if mine >= cap:
-                raise TooManyTurns("this tenant runs as many turns as it may")
+        caps = self._caps
+        if self._books.slots >= caps.max_turns:
+            quota = Quota("turns", caps.max_turns)
+            raise TooManyTurns("this worker runs as many turns as it may", quota=quota)
+        tenants = [live.key for live in self._books.turns.values() if live.tenant == key.tenant]
+        cap = caps.max_turns_per_tenant
+        if cap is not None and len(tenants) >= cap:
+            quota = Quota("tenant_turns", cap)
+            raise TooManyTurns("this tenant runs as many turns as it may", quota=quota)
+        cap = caps.max_turns_per_user
+        if cap is not None and sum(one.user == key.user for one in tenants) >= cap:
+            quota = Quota("user_turns", cap)
+            raise TooManyTurns("this user runs as many turns as it may", quota=quota)
 
     def _take_back(self, live: Live, turn: LiveTurn, *, runs: bool) -> None:
         """The store refused *turn*: as if it had never been admitted."""
@@ -371,7 +385,8 @@ class SessionPool:
             out = self._over_caps(spare=live) if live is fresh else []
             if live is fresh and len(self._map) - len(out) > self._caps.max_sessions:
                 del self._map[key]
-                raise TooManySessions("every session of this worker is in use")
+                quota = Quota("sessions", self._caps.max_sessions)
+                raise TooManySessions("every session of this worker is in use", quota=quota)
         self._retire(out)
         return live
 

@@ -30,6 +30,7 @@ from agentao_web.core.errors import MethodNotAllowed
 from agentao_web.core.errors import NotAcceptable
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import PayloadTooLarge
+from agentao_web.core.errors import Quota
 from agentao_web.core.errors import Unauthorized
 from agentao_web.core.errors import UnsupportedMediaType
 from agentao_web.core.errors import WebError
@@ -513,11 +514,22 @@ def _web_error(error: WebError) -> Response:
     response.status_code = error.status
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(error.retry_after)
+    if error.quota is not None:
+        response.headers.extend(_rate_limit(error.quota, error.retry_after or 0))
     if error.status == 401:
         response.headers["WWW-Authenticate"] = 'Bearer realm="agentao"'
     if isinstance(error, MethodNotAllowed):
         response.headers["Allow"] = ", ".join(error.allowed)
     return response
+
+
+def _rate_limit(quota: Quota, seconds: int) -> dict[str, str]:
+    """What ran out, as draft-ietf-httpapi-ratelimit-headers says it: nothing remains of it."""
+    window = "" if quota.window is None else f";w={quota.window}"
+    return {
+        "RateLimit-Policy": f'"{quota.name}";q={quota.allows}{window}',
+        "RateLimit": f'"{quota.name}";r=0;t={seconds}',
+    }
 
 
 def _http_error(error: HTTPException) -> t.Any:

@@ -5,6 +5,14 @@ from __future__ import annotations
 import typing as t
 
 
+class Quota(t.NamedTuple):
+    """The limit a refusal is about: its name, how much it allows, and per how many seconds."""
+
+    name: str
+    allows: int
+    window: int | None = None
+
+
 class WebError(Exception):
     """Something a client is told as ``{"code", "message", "details"}``."""
 
@@ -13,14 +21,24 @@ class WebError(Exception):
     code: t.ClassVar[str] = "internal_error"
     retry_after: int | None = None
     """Seconds after which trying again makes sense, or None."""
+    quota: Quota | None = None
+    """What there is no more of, for every 429."""
 
     def __init__(
-        self, message: str | None = None, *, retry_after: int | None = None, **details: t.Any
+        self,
+        message: str | None = None,
+        *,
+        retry_after: int | None = None,
+        quota: Quota | None = None,
+        **details: t.Any,
     ) -> None:
         self.message = message or (type(self).__doc__ or "").strip()
         self.details = details
         if retry_after is not None:
             self.retry_after = retry_after
+        if quota is not None:
+            self.quota = quota
+            self.details |= {"limit": quota.name, "quota": quota.allows}
         super().__init__(self.message)
 
     def as_dict(self) -> dict[str, t.Any]:
@@ -124,6 +142,15 @@ class TooManySessions(WebError):
     status = 429
     code = "too_many_sessions"
     retry_after = 30
+
+
+class BudgetExhausted(WebError):
+    """The tenant's tokens of this day (UTC) are spent."""
+
+    status = 429
+    code = "budget_exhausted"
+    retry_after = 3600
+    """Until midnight, where that is known."""
 
 
 class InternalError(WebError):

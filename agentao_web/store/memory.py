@@ -16,6 +16,7 @@ import typing as t
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import IdempotencyConflict
 from agentao_web.core.errors import NotFound
+from agentao_web.core.errors import Quota
 from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import TooManySessions
 from agentao_web.core.errors import TooManyTurns
@@ -197,7 +198,9 @@ class MemoryStore:
             record = self._known(key)
             self._may_come(record, turn, use)
             if len(record.queue) >= limit:
-                raise TooManyTurns("too many turns of this session are waiting")
+                raise TooManyTurns(
+                    "too many turns of this session are waiting", quota=Quota("queue", limit)
+                )
             place = 0 if first else len(record.queue)
             record.queue.insert(place, turn)
             self._remember(record, turn, use)
@@ -468,7 +471,10 @@ class MemoryStore:
         if self._max_per_tenant is not None:
             count = sum(1 for k in self._records if k.tenant == key.tenant)
             if count >= self._max_per_tenant:
-                raise TooManySessions("this tenant has no room for another session")
+                raise TooManySessions(
+                    "this tenant has no room for another session",
+                    quota=Quota("sessions", self._max_per_tenant),
+                )
         if len(self._records) >= self._max_sessions:
             self._forget_oldest()
         title = title_of(turn.message)
@@ -479,7 +485,9 @@ class MemoryStore:
     def _forget_oldest(self) -> None:
         idle = [k for k, r in self._records.items() if not _active(r)]
         if not idle:
-            raise TooManySessions("every session is in use")
+            raise TooManySessions(
+                "every session is in use", quota=Quota("sessions", self._max_sessions)
+            )
         self._forget(min(idle, key=lambda k: self._records[k].row.updated))
 
     def _forget(self, key: SessionKey) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy.exc import IntegrityError
 
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import NotFound
+from agentao_web.core.errors import Quota
 from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.errors import TooManySessions
@@ -160,7 +161,9 @@ class SqlStore:
             self._may_come(db, session, turn, use)
             places = [r.position for r in steps.active(db, session) if r.state == "queued"]
             if len(places) >= limit:
-                raise TooManyTurns("too many turns of this session are waiting")
+                raise TooManyTurns(
+                    "too many turns of this session are waiting", quota=Quota("queue", limit)
+                )
             place = min(places, default=1) - 1 if first else max(places, default=0) + 1
             steps.insert_turn(db, session, turn, "queued", place)
             self._remember(db, session, turn, use)
@@ -473,7 +476,10 @@ class SqlStore:
         if self._max_per_tenant is not None:
             mine = sa.select(sa.func.count()).where(sessions.c.tenant == key.tenant)
             if db.execute(mine).scalar_one() >= self._max_per_tenant:
-                raise TooManySessions("this tenant has no room for another session")
+                raise TooManySessions(
+                    "this tenant has no room for another session",
+                    quota=Quota("sessions", self._max_per_tenant),
+                )
         names = {"tenant": key.tenant, "user": key.user, "sid": key.id, "name": steps.name_of(key)}
         values = {"title": title_of(turn.message), "created": now, "updated": now, "usage": {}}
         db.execute(sa.insert(sessions).values(**names, **values))

@@ -100,6 +100,14 @@ def _error_response() -> Schema:
         "description": "What is wrong",
         "headers": {
             "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds"},
+            "RateLimit-Policy": {
+                "schema": {"type": "string"},
+                "description": "Of a 429: the limit's name, and what it allows (q, per w seconds)",
+            },
+            "RateLimit": {
+                "schema": {"type": "string"},
+                "description": "Of a 429: what remains (r), and the seconds until there is more (t)",
+            },
             "WWW-Authenticate": {"schema": {"type": "string"}},
         },
         "content": {"application/json": {"schema": _ref("Error")}},

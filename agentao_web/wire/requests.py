@@ -61,6 +61,8 @@ class Limits(t.Protocol):
     @property
     def max_images(self) -> int: ...
     @property
+    def max_image(self) -> int: ...
+    @property
     def turn_timeout(self) -> float: ...
 
 
@@ -72,7 +74,7 @@ def turn_request(
     default = "cancel" if streams else "continue"
     return TurnRequest(
         message=_message(fields, limits.max_message),
-        images=_images(fields, limits.max_images),
+        images=_images(fields, limits.max_images, limits.max_image),
         on_busy=_choice(fields, "on_busy", "reject", ("reject", "queue", "interrupt")),
         on_disconnect=_choice(fields, "on_disconnect", default, ("cancel", "continue")),
         timeout=_timeout(fields, limits.turn_timeout),
@@ -196,7 +198,7 @@ def _timeout(fields: dict[str, t.Any], limit: float) -> float | None:
     return float(value)
 
 
-def _images(fields: dict[str, t.Any], limit: int) -> tuple[dict[str, str], ...]:
+def _images(fields: dict[str, t.Any], limit: int, most: int) -> tuple[dict[str, str], ...]:
     images = fields.get("images")
     if images is None:
         return ()
@@ -204,10 +206,10 @@ def _images(fields: dict[str, t.Any], limit: int) -> tuple[dict[str, str], ...]:
         raise InvalidRequest("images must be a list", field="images")
     if len(images) > limit:
         raise PayloadTooLarge("too many images", field="images", count=len(images), limit=limit)
-    return tuple(_image(image, f"images[{i}]") for i, image in enumerate(images))
+    return tuple(_image(image, f"images[{i}]", most) for i, image in enumerate(images))
 
 
-def _image(image: t.Any, field: str) -> dict[str, str]:
+def _image(image: t.Any, field: str, most: int) -> dict[str, str]:
     if not isinstance(image, dict):
         raise InvalidRequest(f"{field} must be an object with data and mimeType", field=field)
     kind, data = image.get("mimeType"), image.get("data")
@@ -215,11 +217,14 @@ def _image(image: t.Any, field: str) -> dict[str, str]:
         raise InvalidRequest(f"{field}.mimeType must be one of {', '.join(_IMAGES)}", field=field)
     if not isinstance(data, str):
         raise InvalidRequest(f"{field}.data must be base64 text", field=field)
+    size = len(data) * 3 // 4 - data[-2:].count("=")
+    if size > most:
+        raise PayloadTooLarge("an image is too large", field=field, bytes=size, limit=most)
     try:
         raw = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         raise InvalidRequest(f"{field}.data is not base64", field=field) from None
-    if not raw.startswith(_IMAGES[kind]):
+    if not raw.startswith(_IMAGES[kind]) or kind == "image/webp" and raw[8:12] != b"WEBP":
         raise InvalidRequest(f"{field}.data is no {kind}", field=field)
     return {"mimeType": kind, "data": data}
 
