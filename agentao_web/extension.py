@@ -27,6 +27,7 @@ from agentao_web.core.rules import Rules
 from agentao_web.readers import Watcher
 from agentao_web.sessions import SessionPool
 from agentao_web.store import Store
+from agentao_web.store.allowance import Allowance
 from agentao_web.store.memory import MemoryStore
 from agentao_web.store.sql import SqlStore
 
@@ -83,19 +84,21 @@ class AgentaoWeb:
         settings = Settings.from_mapping(app.config)
         log = logging.getLogger("agentao_web")
         rules = _rules(app, settings, self._rules)
+        store = open_store(settings)
+        allowance = Allowance(store, lambda principal: rules(principal).tokens_per_day)
         agents = AgentaoAgents(
             settings,
             rules=rules,
             factory=self._agents,
             tools=self._tools,
             context=app.app_context,
+            purse=allowance,
             log=log,
         )
-        store = open_store(settings)
         app.extensions[_KEY] = views.Parts(
             settings=settings,
             authenticate=self._authenticate or _by_token(settings, store),
-            pool=SessionPool(store, agents, settings, log=log),
+            pool=SessionPool(store, agents, settings, log=log, may_spend=allowance.check),
             watcher=Watcher(),
             own_login=self._authenticate is not None,
             warm=agents.warm,

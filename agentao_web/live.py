@@ -13,8 +13,8 @@ import threading
 import typing as t
 
 from agentao_web.core.errors import Draining
-from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import Quota
+from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import TooManyTurns
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event

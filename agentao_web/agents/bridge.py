@@ -20,6 +20,7 @@ from agentao.transport.confirmation import record_decline
 from agentao_web.agents.approvals import SPANS
 from agentao_web.agents.approvals import Approvals
 from agentao_web.agents.approvals import rememberable
+from agentao_web.agents.budget import Meter
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.log import Draft
 from agentao_web.core.question import Question
@@ -49,6 +50,8 @@ _STOPPED: t.Final = "[ask_user: the turn was stopped.]"
 #: Why a call that was not run did not, in agentao's words (agentao/runtime/tool_executor.py).
 _NOT_RUN: t.Final = ("not approved", "approval unavailable", "denied")
 _MORE_STEPS: t.Final = ("continue", "stop")
+#: Events a meter counts by.
+_METERED: t.Final = frozenset({"llm_call_started", "llm_call_completed", "tool_start"})
 _NO_ANSWER: t.Final = "[No answer: the model could not be reached.]"
 
 Data = cabc.Mapping[str, t.Any]
@@ -70,12 +73,18 @@ class Bridge:
     """agentao's CoreTransport (agentao/transport/base.py) for one session."""
 
     def __init__(
-        self, workspace: str, *, thinking: bool, approved: cabc.Iterable[Question] = ()
+        self,
+        workspace: str,
+        *,
+        thinking: bool,
+        approved: cabc.Iterable[Question] = (),
+        meter: Meter | None = None,
     ) -> None:
         self.rewritten = False
         """The history was rewritten since this was last set to False."""
         self._workspace = workspace
         self._thinking = thinking
+        self._meter = meter or Meter()
         self._stage: Stage | None = None
         self._usage: dict[str, int] = {}
         self._calls: dict[str, str] = {}
@@ -90,10 +99,12 @@ class Bridge:
         self._approvals.begin()
         self._numbers = itertools.count(1)
         self._stage = stage
+        self._meter.attach(stage)
 
     def detach(self) -> dict[str, int]:
         """Events go nowhere; returns what the turn used."""
         self._stage = None
+        self._meter.detach()
         return self._usage
 
     # -- agentao.transport.base.CoreTransport --------------------------------------------------
@@ -107,6 +118,8 @@ class Bridge:
         elif kind == "tool_confirmation":
             # Just before confirm_tool, which is not told which call it is about.
             self._confirming = str(event.data.get("call_id"))
+        elif kind in _METERED:
+            self._meter.hear(kind, event.data)
         shape = _SHAPES.get(kind)
         if stage is None or shape is None:
             return

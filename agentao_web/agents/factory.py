@@ -17,6 +17,9 @@ from agentao_web.agents import guards
 from agentao_web.agents import llm
 from agentao_web.agents.bridge import AgentaoAgent
 from agentao_web.agents.bridge import Bridge
+from agentao_web.agents.budget import Meter
+from agentao_web.agents.budget import Metered
+from agentao_web.agents.budget import Purse
 from agentao_web.agents.build import build_agent
 from agentao_web.agents.build import close_agent
 from agentao_web.agents.llm import ModelPool
@@ -62,6 +65,10 @@ class Options(t.Protocol):
     @property
     def max_steps(self) -> int: ...
     @property
+    def max_tool_calls(self) -> int: ...
+    @property
+    def max_turn_tokens(self) -> int | None: ...
+    @property
     def llm_read_timeout(self) -> float: ...
     @property
     def llm_call_timeout(self) -> float: ...
@@ -76,6 +83,7 @@ class AgentaoAgents:
 
     *rules* says what the agents of a principal may do, *tools* which functions of the host's they
     have; both are asked whenever one is built. *context* is entered around the host's functions.
+    The tokens of the day come out of *purse*.
     Raises RuntimeError at once if there is neither a model nor a host's own *factory*.
     """
 
@@ -87,6 +95,7 @@ class AgentaoAgents:
         factory: Factory | None = None,
         tools: ToolsFor | None = None,
         context: Context = contextlib.nullcontext,
+        purse: Purse | None = None,
         environ: cabc.Mapping[str, str] = os.environ,
         log: logging.Logger,
     ) -> None:
@@ -97,6 +106,7 @@ class AgentaoAgents:
         self._options = options
         self._rules = rules
         self._factory = factory
+        self._purse = purse
         self._log = log
         self._lock = threading.Lock()
         self._models: ModelPool | None = None
@@ -109,14 +119,20 @@ class AgentaoAgents:
         principal = Principal(key.tenant, key.user)
         workspace = self.workspaces.make(key)
         rules = self._rules(principal)
-        bridge = Bridge(str(workspace), thinking=self._options.thinking, approved=history.approved)
+        meter = self._meter(principal, rules)
+        bridge = Bridge(
+            str(workspace),
+            thinking=self._options.thinking,
+            approved=history.approved,
+            meter=meter,
+        )
         tools = self.tools.made_for(principal)
         if self._factory is not None:
             info = SessionInfo(key.id, workspace, history.messages, tuple(tools))
             agent = self._factory(principal, info, bridge)
             close = _close_theirs
         else:
-            agent = self._agentao(key, workspace, bridge, history, rules, tools)
+            agent = self._agentao(key, workspace, bridge, history, rules, tools, meter)
             close = close_agent
         steps = self._options.max_steps
         return AgentaoAgent(agent, bridge, rules=rules, max_steps=steps, close=close, log=self._log)
@@ -147,13 +163,15 @@ class AgentaoAgents:
         history: History,
         rules: Rules,
         tools: list[HostTool],
+        meter: Meter,
     ) -> t.Any:
         quiet = _quiet_logger()
         if self._options.demo:
-            client: t.Any = DemoModel(logger=quiet)
+            client: t.Any = _MeteredDemo(logger=quiet)
+            client.meter = meter
         else:
-            client = self._pool().client(logger=self._log, **self._llm)
-        return build_agent(
+            client = self._pool().client(logger=self._log, meter=meter, **self._llm)
+        agent = build_agent(
             workspace=workspace,
             transport=bridge,
             llm_client=client,
@@ -162,6 +180,18 @@ class AgentaoAgents:
             session_id=key.id,
             policy=rules.policy,
             extra_tools=tools,
+        )
+        meter.scales = agent.context_manager
+        return agent
+
+    def _meter(self, principal: Principal, rules: Rules) -> Meter:
+        return Meter(
+            tenant=principal.tenant,
+            purse=self._purse,
+            tokens_per_day=rules.tokens_per_day,
+            max_turn_tokens=self._options.max_turn_tokens,
+            max_tool_calls=self._options.max_tool_calls,
+            log=self._log,
         )
 
     def _pool(self) -> ModelPool:
@@ -176,6 +206,10 @@ class AgentaoAgents:
                     attempts=options.llm_attempts,
                 )
             return self._models
+
+
+class _MeteredDemo(Metered, DemoModel):  # type: ignore[misc]
+    """The demo model costs nothing, and is counted all the same: limits can be tried with it."""
 
 
 def _model(environ: cabc.Mapping[str, str]) -> dict[str, t.Any]:

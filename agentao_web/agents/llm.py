@@ -35,6 +35,9 @@ import httpx2
 from agentao.cancellation import current_turn
 from agentao.llm import LLMClient
 
+from agentao_web.agents.budget import Meter
+from agentao_web.agents.budget import Metered
+
 #: An idle connection is kept this long. Most servers and address translators allow a minute.
 _IDLE_SECONDS = 55.0
 _MAX_IDLE = 64
@@ -126,13 +129,19 @@ class ModelPool:
         self._sdks: dict[tuple[str, ...], t.Any] = {}
         self._lock = threading.Lock()
 
-    def client(self, *, logger: logging.Logger, **llm_kwargs: t.Any) -> LLMClient:
+    def client(
+        self, *, logger: logging.Logger, meter: Meter | None = None, **llm_kwargs: t.Any
+    ) -> LLMClient:
         """A client for one agent, from what `discover_llm_kwargs` returns.
+
+        *meter* counts its calls, and may refuse them.
 
         A failed call is one warning on *logger*, with type and status but no text of the
         provider's; prompts and answers are never logged.
         """
-        return _PooledClient(self, logger, llm_kwargs)
+        client = _PooledClient(self, logger, llm_kwargs)
+        client.meter = meter
+        return client
 
     def close(self) -> None:
         """Close every connection; a call still running fails."""
@@ -173,7 +182,7 @@ def _timeout(connect: float, read: float) -> httpx2.Timeout:
 # ------------------------------------------------------------------------- Agentao's side
 
 
-class _PooledClient(LLMClient):
+class _PooledClient(Metered, LLMClient):
     """Agentao's client with its own model, usage and retries, on the app's connections."""
 
     def __init__(

@@ -302,6 +302,22 @@ class Store(t.Protocol):
         own folders too; until then they are doomed.
         """
 
+    # -- tokens --------------------------------------------------------------------------------
+
+    def reserve(self, tenant: str, day: str, *, least: int, most: int, limit: int) -> int:
+        """Set aside up to *most* tokens of what the tenant has left of *limit* that day; how many.
+
+        They count as spent from now on, whatever becomes of who reserved them. Raises
+        BudgetExhausted, and sets nothing aside, if fewer than *least* are left. *day* is a date
+        like ``2026-02-28``; days long gone are forgotten on the way.
+        """
+
+    def spend(self, tenant: str, day: str, tokens: int) -> None:
+        """Add to what the tenant has spent that day; a negative number gives back."""
+
+    def spent(self, tenant: str, day: str) -> int:
+        """Tokens of the tenant that day, used or set aside."""
+
     # -- workers -------------------------------------------------------------------------------
 
     def beat(self, worker: str) -> None:

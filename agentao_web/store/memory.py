@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import dataclasses
+import datetime
 import json
 import threading
 import time
 import typing as t
 
+from agentao_web.core.errors import BudgetExhausted
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import IdempotencyConflict
 from agentao_web.core.errors import NotFound
@@ -50,6 +52,8 @@ _EPOCH, _PER_SECOND = 1_767_225_600, 16
 KEY_SECONDS: t.Final = 24 * 3600.0
 #: Sessions pruned at a time: others want to write meanwhile.
 PRUNED: t.Final = 100
+#: How long it is remembered what a tenant spent, in days.
+BUDGET_DAYS: t.Final = 31
 #: Outcome of a question whose turn has ended, and who closed it.
 TURN_ENDED: t.Final[dict[str, t.Any]] = {"outcome": "cancelled", "by": "turn_ended"}
 
@@ -60,6 +64,19 @@ def generation_seed(now: float) -> int:
     This store forgets its counter when it dies, and a number must not be used twice (promise 1).
     """
     return max(1, int((now - _EPOCH) * _PER_SECOND))
+
+
+def first_day(day: str) -> str:
+    """The oldest day that is remembered on *day*."""
+    before = datetime.date.fromisoformat(day) - datetime.timedelta(days=BUDGET_DAYS)
+    return before.isoformat()
+
+
+def share(left: int, least: int, most: int) -> int:
+    """What somebody gets who asks for *least* to *most*, and *left* are left."""
+    if left < max(least, 1):
+        raise BudgetExhausted
+    return min(left, most)
 
 
 def title_of(message: str) -> str:
@@ -159,6 +176,7 @@ class MemoryStore:
         self._log_bytes = log_bytes
         self._clock = clock
         self._beats: dict[str, float] = {}
+        self._spent: dict[tuple[str, str], int] = {}
         self._revoked: dict[tuple[str, str | None], float] = {}
         #: What was asked -> of which worker; asked twice is asked once.
         self._signals: dict[Signal, str] = {}
@@ -394,6 +412,29 @@ class MemoryStore:
                 record = self._records[key]
                 record.row = dataclasses.replace(record.row, deleting=True)
         return keys
+
+    # -- tokens --------------------------------------------------------------------------------
+
+    def reserve(self, tenant: str, day: str, *, least: int, most: int, limit: int) -> int:
+        with self._lock:
+            spent = self._spent.get((tenant, day), 0)
+            got = share(limit - spent, least, most)
+            self._add(tenant, day, got)
+            return got
+
+    def spend(self, tenant: str, day: str, tokens: int) -> None:
+        with self._lock:
+            self._add(tenant, day, tokens)
+
+    def spent(self, tenant: str, day: str) -> int:
+        with self._lock:
+            return self._spent.get((tenant, day), 0)
+
+    def _add(self, tenant: str, day: str, tokens: int) -> None:
+        if (tenant, day) not in self._spent:
+            first = first_day(day)
+            self._spent = {k: v for k, v in self._spent.items() if k[1] >= first}
+        self._spent[tenant, day] = max(0, self._spent.get((tenant, day), 0) + tokens)
 
     # -- workers -------------------------------------------------------------------------------
 

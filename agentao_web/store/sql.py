@@ -50,10 +50,13 @@ from agentao_web.store.memory import FoundOrphan
 from agentao_web.store.memory import KnownKey
 from agentao_web.store.memory import added
 from agentao_web.store.memory import check_use
+from agentao_web.store.memory import first_day
 from agentao_web.store.memory import page_of
+from agentao_web.store.memory import share
 from agentao_web.store.memory import taken_over
 from agentao_web.store.memory import title_of
 from agentao_web.store.memory import used_by
+from agentao_web.store.tables import budgets
 from agentao_web.store.tables import history
 from agentao_web.store.tables import keys
 from agentao_web.store.tables import questions
@@ -80,6 +83,11 @@ _SIGNALS = (
     .where(_MINE)
     .order_by(signals.c.id)
     .with_for_update(of=signals)
+)
+
+
+_BUDGET = sa.select(budgets.c.spent).where(
+    budgets.c.tenant == sa.bindparam("tenant"), budgets.c.day == sa.bindparam("day")
 )
 
 
@@ -379,6 +387,27 @@ class SqlStore:
             db.execute(sa.update(sessions).where(gone).values(deleting=True))
         return [steps.key_of(row) for row in rows]
 
+    # -- tokens --------------------------------------------------------------------------------
+
+    def reserve(self, tenant: str, day: str, *, least: int, most: int, limit: int) -> int:
+        def attempt(db: sa.Connection) -> int:
+            found = _budget(db, tenant, day)
+            got = share(limit - (found or 0), least, most)
+            _pay(db, tenant, day, found, got)
+            return got
+
+        return self._retried(attempt)
+
+    def spend(self, tenant: str, day: str, tokens: int) -> None:
+        def attempt(db: sa.Connection) -> None:
+            _pay(db, tenant, day, _budget(db, tenant, day), tokens)
+
+        self._retried(attempt)
+
+    def spent(self, tenant: str, day: str) -> int:
+        with self._db.read() as db:
+            return db.execute(_BUDGET, {"tenant": tenant, "day": day}).scalar() or 0
+
     # -- workers -------------------------------------------------------------------------------
 
     def beat(self, worker: str) -> None:
@@ -540,6 +569,25 @@ def _end(db: sa.Connection, session: _Row, turn_id: str, final: Event | None) ->
     ended = {"state": "ended", "position": None, "final": told}
     if db.execute(sa.update(turns).where(this).values(**ended)).rowcount and final is None:
         _unask(db, session, turn_id)
+
+
+def _budget(db: sa.Connection, tenant: str, day: str) -> int | None:
+    """What was spent, with the row locked; None if there is no row yet."""
+    found = db.execute(_BUDGET.with_for_update(), {"tenant": tenant, "day": day})
+    return t.cast(int | None, found.scalar())
+
+
+def _pay(db: sa.Connection, tenant: str, day: str, spent: int | None, tokens: int) -> None:
+    total = max(0, (spent or 0) + tokens)
+    if spent is None:
+        # The first of its day: whoever else inserts it now makes one of us try again.
+        db.execute(sa.insert(budgets).values(tenant=tenant, day=day, spent=total))
+        old = sa.select(budgets.c.tenant, budgets.c.day).where(budgets.c.day < first_day(day))
+        these = sa.tuple_(budgets.c.tenant, budgets.c.day)
+        db.execute(sa.delete(budgets).where(these.in_(old.with_for_update(skip_locked=True))))
+    else:
+        mine = sa.and_(budgets.c.tenant == tenant, budgets.c.day == day)
+        db.execute(sa.update(budgets).where(mine).values(spent=total))
 
 
 def _use(db: sa.Connection, session: _Row, use: KeyUse) -> KnownKey | None:

@@ -217,6 +217,16 @@ signals = sa.Table(
     sa.UniqueConstraint("session", "turn_id", "reason"),
 )
 
+#: Tokens used or set aside, per tenant and day (UTC).
+budgets = sa.Table(
+    "agentao_budgets",
+    metadata,
+    sa.Column("tenant", _Name, primary_key=True),
+    sa.Column("day", _Name, primary_key=True),
+    sa.Column("spent", _Big, nullable=False),
+    sa.Index("agentao_budgets_by_day", "day"),
+)
+
 revocations = sa.Table(
     "agentao_revocations",
     metadata,

@@ -106,7 +106,7 @@ def _error_response() -> Schema:
             },
             "RateLimit": {
                 "schema": {"type": "string"},
-                "description": "Of a 429: what remains (r), and the seconds until there is more (t)",
+                "description": "Of a 429: what remains (r), and seconds until there is more (t)",
             },
             "WWW-Authenticate": {"schema": {"type": "string"}},
         },

@@ -46,7 +46,7 @@ def json_object(body: bytes) -> dict[str, t.Any]:
     except RecursionError:
         raise InvalidRequest("the JSON is nested too deeply", field="body") from None
     except ValueError as exc:
-        where = {"line": exc.lineno, "column": exc.colno} if _is_json(exc) else {}
+        where: dict[str, t.Any] = {"line": exc.lineno, "column": exc.colno} if _is_json(exc) else {}
         raise InvalidRequest("the body is not valid JSON", field="body", **where) from None
     if not isinstance(value, dict):
         raise InvalidRequest("the body must be a JSON object", field="body")
