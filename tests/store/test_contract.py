@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from agentao_web.core.errors import BudgetExhausted
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import IdempotencyConflict
 from agentao_web.core.errors import NotFound
@@ -1163,6 +1164,73 @@ def test_the_room_of_a_tenant_is_not_given_twice(open_store: Open) -> None:
 
     at_once(16, rush)
     assert len(made) == len(one.sessions("acme", "ann", before=None, limit=99)) == 3
+
+
+# -- tokens ------------------------------------------------------------------------------------
+
+TODAY, TOMORROW = "2026-02-28", "2026-03-01"
+
+
+def test_tokens_are_set_aside_as_far_as_there_are_any(store: Store) -> None:
+    assert store.spent("acme", TODAY) == 0
+    assert store.reserve("acme", TODAY, least=10, most=60, limit=100) == 60
+    assert store.reserve("acme", TODAY, least=10, most=60, limit=100) == 40
+    with pytest.raises(BudgetExhausted):
+        store.reserve("acme", TODAY, least=0, most=60, limit=100)
+    assert store.spent("acme", TODAY) == 100
+
+
+def test_less_than_the_least_is_not_set_aside(store: Store) -> None:
+    store.reserve("acme", TODAY, least=1, most=95, limit=100)
+    with pytest.raises(BudgetExhausted):
+        store.reserve("acme", TODAY, least=6, most=60, limit=100)
+    assert store.spent("acme", TODAY) == 95
+    assert store.reserve("acme", TODAY, least=5, most=60, limit=100) == 5
+
+
+def test_what_was_not_used_is_given_back_and_more_is_counted(store: Store) -> None:
+    store.reserve("acme", TODAY, least=1, most=80, limit=100)
+    store.spend("acme", TODAY, -70)
+    assert store.spent("acme", TODAY) == 10
+    store.spend("acme", TODAY, 200)
+    assert store.spent("acme", TODAY) == 210
+    with pytest.raises(BudgetExhausted):
+        store.reserve("acme", TODAY, least=1, most=1, limit=100)
+    store.spend("acme", TODAY, -1000)
+    assert store.spent("acme", TODAY) == 0, "never less than nothing"
+
+
+def test_tenants_and_days_have_tokens_of_their_own(store: Store) -> None:
+    store.spend("acme", TODAY, 100)
+    assert store.reserve("other", TODAY, least=1, most=50, limit=100) == 50
+    assert store.reserve("acme", TOMORROW, least=1, most=50, limit=100) == 50
+    assert store.spent("acme", TODAY) == 100
+
+
+def test_what_was_spent_long_ago_is_forgotten(store: Store) -> None:
+    store.spend("acme", "2026-01-27", 1)
+    store.spend("acme", "2026-01-28", 2)
+    store.spend("acme", TODAY, 3)
+    spent = [store.spent("acme", day) for day in ("2026-01-27", "2026-01-28", TODAY)]
+    assert spent == [0, 2, 3]
+
+
+def test_two_workers_never_set_aside_more_than_there_is(two: tuple[Store, Store]) -> None:
+    got: list[int] = []
+
+    def work(n: int) -> None:
+        for _ in range(10):
+            try:
+                got.append(two[n % 2].reserve("acme", TODAY, least=3, most=7, limit=500))
+            except BudgetExhausted:
+                return
+            if n % 4 == 0:
+                two[n % 2].spend("acme", TODAY, -2)
+                got.append(-2)
+
+    at_once(12, work)
+    assert sum(got) == two[0].spent("acme", TODAY) == two[1].spent("acme", TODAY) <= 500
+    assert sum(got) > 490, "and all of it but a rest that is too small can be had"
 
 
 # -- many at once ------------------------------------------------------------------------------
