@@ -158,12 +158,14 @@ class Meter:
     ) -> t.Any:
         """``send(messages, tools=…, max_tokens=…, …)``, if the turn can afford it.
 
-        Raises AgentCancelledError if it cannot; the turn was stopped then.
+        Raises AgentCancelledError if it cannot; the turn is stopped then.
         """
         stage = self._stage
         if stage is None or self._calling:
             # Of no turn, or a streaming call that goes on as one that does not stream.
             return send(messages, tools=tools, max_tokens=max_tokens, **options)
+        if getattr(options.get("cancellation_token"), "is_cancelled", False):
+            raise AgentCancelledError("stopped")
         prompt = self._weigh(messages, tools)
         answer, held, reason = self._afford(stage, prompt, max_tokens)
         tried = [0]

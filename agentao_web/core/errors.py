@@ -149,8 +149,6 @@ class BudgetExhausted(WebError):
 
     status = 429
     code = "budget_exhausted"
-    retry_after = 3600
-    """Until midnight, where that is known."""
 
 
 class InternalError(WebError):

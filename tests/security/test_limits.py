@@ -283,7 +283,7 @@ def test_tokens_of_a_turn_add_up(
     web: Make, model: ModelServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costly(monkeypatch, 10_000)
-    w = web(max_turn_tokens=35_000, max_answer=500, max_steps=50)
+    w = web(max_turn_tokens=31_000, max_answer=500, max_steps=50)
     model.script(*(call("list_directory", {"directory_path": f"./{n}"}) for n in range(3)))
     body = w.ask("go")
     assert (body["status"], body["reason"]) == ("incomplete", "token_limit")
