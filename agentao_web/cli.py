@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import secrets
@@ -38,6 +39,7 @@ _DAY: t.Final = 86_400
 #: Never below zero: what is meant as "days ago" must not become "all of them".
 _DAYS: t.Final = click.FloatRange(0)
 _MOMENT: t.Final = click.FloatRange(0)
+_DATE: t.Final = click.DateTime(["%Y-%m-%d"])
 Read = t.Callable[[], Settings]
 
 
@@ -156,6 +158,20 @@ def _operator(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) 
         if before is None:
             # Tokens know the second they were issued in: the next one we print is to be good.
             time.sleep(1 - time.time() % 1)
+
+    @group.command()
+    @_TENANT
+    @click.option("--day", default=None, type=_DATE, help="A date (UTC); today unless told.")
+    @wrap
+    def budget(tenant: str, day: datetime.datetime | None) -> None:
+        """Tokens a tenant has spent on a day, or set aside; kept for a month.
+
+        Example: agentao-web budget --tenant acme
+        """
+        _principal(tenant, "")
+        date = (day or datetime.datetime.now(datetime.UTC)).date().isoformat()
+        with _store(read) as store:
+            _print({"tenant": tenant, "day": date, "spent": store.spent(tenant, date)})
 
     @group.group("sessions")
     def sessions_group() -> None:

@@ -185,6 +185,15 @@ def test_revoke_makes_older_tokens_void_and_the_next_one_is_good(server: Server,
     assert ("acme", None, 5.0) in pool_of(server.app).store.revocations()
 
 
+def test_budget_tells_what_a_tenant_spent(server: Server, cli: Run) -> None:
+    pool_of(server.app).store.spend("acme", "2026-02-28", 12)
+    line = ok(cli("budget", "--tenant", "acme", "--day", "2026-02-28"))
+    assert json.loads(line) == {"tenant": "acme", "day": "2026-02-28", "spent": 12}
+    today = json.loads(ok(cli("budget", "--tenant", "acme")))
+    assert today["spent"] == 0 and today["day"] > "2026-02-28"
+    refused(cli("budget", "--tenant", "acme", "--day", "yesterday"))
+
+
 def test_revoke_refuses_what_nobody_is_called(cli: Run) -> None:
     ok(cli("db", "check"))
     refused(cli("revoke", "--tenant", "a\nb"), "printable")
@@ -351,6 +360,7 @@ def test_without_a_database_nothing_is_made(server: Server) -> None:
     for words in (
         ["revoke", "--tenant", "acme"],
         ["sessions", "list"],
+        ["budget", "--tenant", "acme"],
         ["db", "prune", "--days", "1"],
         ["db", "backup", "x.db"],
     ):

@@ -320,6 +320,29 @@ def test_every_command_of_the_storage_page_works(
     assert again.get("/session/chat-2", headers=WAIT).status_code == 404
 
 
+def test_the_refusal_and_the_tenants_file_of_the_limits_page(
+    ended: cabc.Callable[[Flask], Flask], tmp_path: Path
+) -> None:
+    page = {block.language: block.text for block in BLOCKS if block.page == "limits.md"}
+    (tmp_path / "tenants.toml").write_text(page["toml"])
+    gate = testing.Gate()
+    app = ended(Flask("limits"))
+    app.config.update(AGENTAO_TENANTS="tenants.toml", AGENTAO_MAX_TURNS_PER_TENANT=8)
+    agentao_web.AgentaoWeb(
+        authenticate=lambda request: agentao_web.Principal("acme"),
+        agents=testing.scripted(testing.pause(gate)),
+    ).init_app(app)
+    headers = {k: v for k, v in WAIT.items() if k != "Prefer"}
+    for n in range(9):
+        answer = app.test_client().post(f"/chat/{n}", json={"message": "hi"}, headers=headers)
+    gate.open()
+    head, _, body = page["http"].partition("\n\n")
+    status, *shown = head.splitlines()
+    assert status == f"HTTP/1.1 {answer.status}" and json.loads(body) == answer.json
+    assert {line.partition(": ")[2] for line in shown} <= set(answer.headers.values())
+    assert page["sh"].startswith("agentao-web budget --tenant acme")
+
+
 @pytest.mark.live
 def test_every_curl_of_the_readme_answers(tmp_path: Path) -> None:
     curl = shutil.which("curl")
