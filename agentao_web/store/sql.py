@@ -7,6 +7,7 @@ transactions themselves in ``database``.
 from __future__ import annotations
 
 import collections.abc as cabc
+import contextlib
 import time
 import typing as t
 from pathlib import Path
@@ -402,7 +403,8 @@ class SqlStore:
         def attempt(db: sa.Connection) -> None:
             _pay(db, tenant, day, _budget(db, tenant, day), tokens)
 
-        self._retried(attempt)
+        # Should a power cut take it back, what was set aside is still counted.
+        self._retried(attempt, self._db.batch)
 
     def spent(self, tenant: str, day: str) -> int:
         with self._db.read() as db:
@@ -484,11 +486,16 @@ class SqlStore:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _retried(self, attempt: cabc.Callable[[sa.Connection], _Result]) -> _Result:
+    def _retried(
+        self,
+        attempt: cabc.Callable[[sa.Connection], _Result],
+        transaction: cabc.Callable[[], contextlib.AbstractContextManager[sa.Connection]]
+        | None = None,
+    ) -> _Result:
         """What *attempt* returns; once more if somebody else made the same row first."""
         for _ in range(_TRIES):
             try:
-                with self._db.write() as db:
+                with (transaction or self._db.write)() as db:
                     return attempt(db)
             except IntegrityError:
                 continue
