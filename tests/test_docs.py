@@ -320,14 +320,11 @@ def test_every_command_of_the_storage_page_works(
     assert again.get("/session/chat-2", headers=WAIT).status_code == 404
 
 
-def test_the_refusal_and_the_tenants_file_of_the_limits_page(
-    ended: cabc.Callable[[Flask], Flask], tmp_path: Path
-) -> None:
+def test_the_refusal_of_the_limits_page(ended: cabc.Callable[[Flask], Flask]) -> None:
     page = {block.language: block.text for block in BLOCKS if block.page == "limits.md"}
-    (tmp_path / "tenants.toml").write_text(page["toml"])
     gate = testing.Gate()
     app = ended(Flask("limits"))
-    app.config.update(AGENTAO_TENANTS="tenants.toml", AGENTAO_MAX_TURNS_PER_TENANT=8)
+    app.config.update(AGENTAO_MAX_TURNS_PER_TENANT=8)
     agentao_web.AgentaoWeb(
         authenticate=lambda request: agentao_web.Principal("acme"),
         agents=testing.scripted(testing.pause(gate)),

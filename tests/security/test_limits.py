@@ -232,6 +232,15 @@ def test_of_a_batch_that_goes_over_nothing_runs(
     assert len(model.requests) == 2
 
 
+def test_nobody_is_asked_about_a_batch_that_goes_over(web: Make, model: ModelServer) -> None:
+    w = web(max_tool_calls=1, policy="ask")
+    model.script(calls([write(0), write(1)]))
+    body = w.ask("go")
+    assert (body["status"], body["reason"]) == ("incomplete", "tool_limit")
+    assert "tool_confirmation" not in w.types()
+    assert w.get("/session/s")["questions"] == []
+
+
 def test_as_many_as_allowed_do_run(web: Make, model: ModelServer, tmp_path: Path) -> None:
     w = web(max_tool_calls=2, policy="trusted")
     model.script(calls([write(0), write(1)]), say("both"))
