@@ -618,3 +618,21 @@ def test_an_image_too_large_and_images_too_many(web: Make) -> None:
     }
     many = w.post("look", images=[image()] * 3)
     assert (many.status_code, many.json["details"]["count"]) == (413, 3)
+
+
+def test_the_summary_of_old_messages_is_counted(web: Make, model: ModelServer) -> None:
+    w = web(tokens_per_day=10_000_000)
+    model.reply = lambda body: say("word " * 2_000)
+    for _ in range(8):
+        w.ask("go on")
+    agent: t.Any = pool_of(w.app).sessions()[0].agent
+    # As if the model took little: what was said is summed up before the next answer.
+    context = agent._agent.context_manager
+    context.max_tokens = 15_000
+    context.invalidate_token_anchor()
+    seen_before, asked = w.spent(), len(model.requests)
+    w.ask("go on")
+    summary, answer = model.requests[asked:]
+    assert not summary.body.get("stream") and answer.body["stream"]
+    used = sum(10 * len(r.body["messages"]) + 1 for r in (summary, answer))
+    assert w.spent() - seen_before == used
