@@ -8,6 +8,7 @@ import typing as t
 
 import pytest
 
+from agentao_web.core import log
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import Draining
 from agentao_web.core.errors import NotFound
@@ -15,7 +16,6 @@ from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.errors import TooManySessions
 from agentao_web.core.errors import TooManyTurns
-from agentao_web.core.log import EVENTS_PER_CLAIM
 from agentao_web.core.log import Draft
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
@@ -137,11 +137,17 @@ def test_an_agent_that_cannot_be_built_ends_the_turn(probe: Make) -> None:
     assert p.run().extra["error"]["code"] == "internal_error"
 
 
-def test_a_turn_that_says_too_much_ends_at_the_claims_last_number(probe: Make) -> None:
+def test_a_turn_that_says_too_much_ends_at_the_claims_last_number(
+    probe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With claims of 4,095 numbers: a million take a while."""
+    monkeypatch.setattr(log, "GENERATION_BITS", 12)
+    monkeypatch.setattr(log, "EVENTS_PER_CLAIM", 4095)
+
     def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
         stopped = threading.Event()
         stage.on_stop(lambda reason: stopped.set())
-        for _ in range(EVENTS_PER_CLAIM + 10):
+        for _ in range(4095 + 10):
             stage.publish(Draft("llm_text", {"chunk": "x"}))
             if stopped.is_set():
                 return
