@@ -46,6 +46,7 @@ DOORS: dict[str, set[str]] = {
 #: Libraries that belong to one room.
 ONLY_IN = {
     "agentao": {"agents"},
+    "mcp": {"agents"},
     "flask": {"auth", "cli", "extension", "views"},
     "werkzeug": {"extension", "views"},
     "itsdangerous": {"auth"},

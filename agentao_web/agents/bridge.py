@@ -340,10 +340,14 @@ class AgentaoAgent:
         max_steps: int,
         close: cabc.Callable[[t.Any], None],
         log: logging.Logger,
+        prepare: cabc.Callable[[CancellationToken], None] = lambda token: None,
+        state: cabc.Callable[[], dict[str, t.Any] | None] = lambda: None,
     ) -> None:
         self.rules = rules
         """What it may do; the rules it was built with."""
         self._agent = agent
+        self._prepare = prepare
+        self._state = state
         self._bridge = bridge
         self._max_steps = max_steps
         self._close = close
@@ -358,6 +362,7 @@ class AgentaoAgent:
         stage.on_stop(token.cancel)
         images = [dict(image) for image in request.images] or None
         try:
+            self._prepare(token)
             self._agent.chat(
                 request.message,
                 max_iterations=self._max_steps,
@@ -410,7 +415,7 @@ class AgentaoAgent:
 
     def state(self) -> dict[str, t.Any] | None:
         """See agentao_web.runner.Agent."""
-        return None
+        return self._state()
 
     def close(self) -> None:
         """See agentao_web.runner.Agent."""

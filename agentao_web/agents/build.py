@@ -26,7 +26,6 @@ from agentao.permissions import PermissionEngine
 from agentao.permissions import PermissionMode
 from agentao.security import PathPolicy
 from agentao.security import PathPolicyError
-from agentao.skills import SkillManager
 from agentao.tooling.registry import BUILTIN_TOOL_NAMES
 from agentao.tools import EditTool
 from agentao.tools import SearchTextTool
@@ -36,6 +35,11 @@ from agentao.tools.base import Tool
 
 from .files import MAX_FILE
 from .files import ConfinedFS
+from .memory import Recall
+from .memory import SaveTool
+from .skills import AllowedSkills
+from .skills import Skill
+from .skills import WithSkills
 
 READ_TOOLS = (
     "read_file",
@@ -46,6 +50,7 @@ READ_TOOLS = (
     "ask_user",
 )
 WRITE_TOOLS = ("write_file", "replace")
+SKILL_TOOLS = ("activate_skill",)
 
 #: A place that can neither exist nor be made.
 NOWHERE = Path("/dev/null/workspace")
@@ -71,8 +76,11 @@ class WorkspaceAgent(Agentao):
     and nothing (memory, logs, long tool results) is written there behind the tools' back.
     """
 
+    #: What the model is told of tools it does not have now, at the end of its prompt.
+    notice = ""
+
     def _build_system_prompt(self) -> str:
-        return super()._build_system_prompt().replace(str(NOWHERE), ".")
+        return super()._build_system_prompt().replace(str(NOWHERE), ".") + self.notice
 
 
 def build_agent(
@@ -85,38 +93,47 @@ def build_agent(
     session_id: str,
     policy: str = "ask",
     extra_tools: cabc.Iterable[RegistrableTool] = (),
+    skills: cabc.Mapping[str, Skill] | None = None,
+    memory: MemoryManager | None = None,
+    memory_asks: bool = False,
     max_context_tokens: int = 200_000,
 ) -> WorkspaceAgent:
     """An agent that reads and writes in *workspace* only, and asks *transport* as *policy* says.
 
     *llm_client* may be shared. Its logger is the one agentao writes to: give it one that does
-    not propagate.
+    not propagate. With *memory* it can save facts there; with *memory_asks* the policy ``ask``
+    asks before it does, as others read them.
     """
     extra = list(extra_tools)
-    tools = [*(make() for make in _BOUNDED), *extra]
     asking = {tool.name for tool in extra if tool.requires_confirmation}
+    tools = [*(make() for make in _BOUNDED), *extra]
+    skills = skills or {}
+    if memory is not None:
+        tools.append(SaveTool(memory, asks=memory_asks and policy == "ask"))
+    enabled = (*READ_TOOLS, *WRITE_TOOLS, *(SKILL_TOOLS if skills else ()))
+    given = {*enabled, *(tool.name for tool in tools)}
+    own = ConfinedFS(workspace)
     agent = WorkspaceAgent(
         working_directory=NOWHERE,
         transport=transport,
         llm_client=llm_client,
         logger=logger,
         max_context_tokens=max_context_tokens,
-        filesystem=ConfinedFS(workspace),
-        permission_engine=_permissions(workspace, policy, {tool.name for tool in tools}, asking),
-        enabled_tools=(*READ_TOOLS, *WRITE_TOOLS),
+        filesystem=WithSkills.over(own, workspace, skills.values()) if skills else own,
+        permission_engine=_permissions(workspace, policy, given, asking),
+        enabled_tools=enabled,
         extra_tools=tools,
         project_instructions="",
-        # A named folder: without one the bundled skills are copied into $HOME.
-        skill_manager=SkillManager(skills_dir=str(NOWHERE), working_directory=NOWHERE),
+        skill_manager=AllowedSkills(skills, NOWHERE),
         mcp_registry=InMemoryMCPRegistry(),
-        memory_manager=MemoryManager(project_store=NoMemory()),
+        memory_manager=memory or MemoryManager(project_store=NoMemory()),
         bg_store=None,
         sandbox_policy=None,
         replay_config=None,
     )
     for tool in agent.tools.list_tools():
         tool.working_directory = workspace
-    agent.memory_retriever = NoRecall(agent.memory_manager)
+    agent.memory_retriever = (Recall if memory else NoRecall)(agent.memory_manager)
     agent.messages = list(history)
     agent._session_id = session_id
     return agent
@@ -131,7 +148,7 @@ def close_agent(agent: Agentao) -> None:
 def _permissions(
     workspace: Path, policy: str, given: set[str], asking: set[str]
 ) -> PermissionEngine:
-    """*given* are all tools that are not agentao's own, *asking* those the policy is about."""
+    """*given* are the tools it has, *asking* those of the host's that the policy is about."""
     if policy not in _WRITE_RULES:
         raise ValueError(f"policy is one of {', '.join(_WRITE_RULES)}, not {policy!r}")
     action = _WRITE_RULES[policy]
@@ -143,7 +160,7 @@ def _permissions(
     if policy == "read-only":
         engine.set_mode(PermissionMode.READ_ONLY)
     # Not registered either; this holds should a later agentao put one back.
-    closed = BUILTIN_TOOL_NAMES - {*READ_TOOLS, *WRITE_TOOLS} - given
+    closed = BUILTIN_TOOL_NAMES - given
     engine.add_run_rules(deny=[{"tool": name, "action": "deny"} for name in sorted(closed)])
     return engine
 
@@ -248,8 +265,8 @@ def _most_similar(
     return best
 
 
-def _confined(tool: Tool) -> ConfinedFS:
-    if not isinstance(tool.filesystem, ConfinedFS):
+def _confined(tool: Tool) -> ConfinedFS | WithSkills:
+    if not isinstance(tool.filesystem, ConfinedFS | WithSkills):
         raise RuntimeError("this tool works in a ConfinedFS only: use build_agent")
     return tool.filesystem
 

@@ -8,13 +8,16 @@ import dataclasses
 import logging
 import os
 import threading
+import time
 import typing as t
 from pathlib import Path
 
+from agentao.cancellation import CancellationToken
 from agentao.embedding.factory import discover_llm_kwargs
 
 from agentao_web.agents import guards
 from agentao_web.agents import llm
+from agentao_web.agents import state
 from agentao_web.agents.bridge import AgentaoAgent
 from agentao_web.agents.bridge import Bridge
 from agentao_web.agents.budget import Meter
@@ -23,6 +26,11 @@ from agentao_web.agents.budget import Purse
 from agentao_web.agents.build import build_agent
 from agentao_web.agents.build import close_agent
 from agentao_web.agents.llm import ModelPool
+from agentao_web.agents.mcp import Server
+from agentao_web.agents.mcp import read_servers
+from agentao_web.agents.memory import open_memory
+from agentao_web.agents.skills import Skill
+from agentao_web.agents.skills import read_skills
 from agentao_web.agents.tools import Context
 from agentao_web.agents.tools import HostTool
 from agentao_web.agents.tools import HostTools
@@ -33,6 +41,13 @@ from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
 from agentao_web.core.rules import Rules
 from agentao_web.demo import DemoModel
+
+if t.TYPE_CHECKING:
+    # The mcp package takes 70 MB: loaded only where there are servers.
+    from agentao_web.agents.servers import Servers
+
+#: Seconds the servers of all sessions together get to end when the worker goes.
+_SERVERS_SECONDS: t.Final = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +64,7 @@ class SessionInfo:
 
 
 Factory = cabc.Callable[[Principal, SessionInfo, t.Any], t.Any]
+_Thing = t.TypeVar("_Thing")
 
 
 class Options(t.Protocol):
@@ -76,6 +92,12 @@ class Options(t.Protocol):
     def llm_attempts(self) -> int: ...
     @property
     def tool_timeout(self) -> float: ...
+    @property
+    def mcp(self) -> Path | None: ...
+    @property
+    def skills(self) -> Path | None: ...
+    @property
+    def memory(self) -> bool: ...
 
 
 class AgentaoAgents:
@@ -84,7 +106,8 @@ class AgentaoAgents:
     *rules* says what the agents of a principal may do, *tools* which functions of the host's they
     have; both are asked whenever one is built. *context* is entered around the host's functions.
     The tokens of the day come out of *purse*.
-    Raises RuntimeError at once if there is neither a model nor a host's own *factory*.
+    Raises RuntimeError at once if there is neither a model nor a host's own *factory*, and if the
+    operator's MCP servers or skills cannot be used.
     """
 
     def __init__(
@@ -111,6 +134,13 @@ class AgentaoAgents:
         self._lock = threading.Lock()
         self._models: ModelPool | None = None
         self._llm: dict[str, t.Any] = {}
+        self._servers: dict[str, Server] = {}
+        self._skills: dict[str, Skill] = {}
+        self._leaving: set[Servers] = set()
+        if options.mcp is not None:
+            self._servers = _servers(options.mcp, environ, options.tool_timeout, log)
+        if options.skills is not None:
+            self._skills = read_skills(options.skills)
         if factory is None and not options.demo:
             self._llm = _model(environ)
 
@@ -127,15 +157,35 @@ class AgentaoAgents:
             meter=meter,
         )
         tools = self.tools.made_for(principal)
+        steps = self._options.max_steps
         if self._factory is not None:
             info = SessionInfo(key.id, workspace, history.messages, tuple(tools))
             agent = self._factory(principal, info, bridge)
-            close = _close_theirs
-        else:
-            agent = self._agentao(key, workspace, bridge, history, rules, tools, meter)
-            close = close_agent
-        steps = self._options.max_steps
-        return AgentaoAgent(agent, bridge, rules=rules, max_steps=steps, close=close, log=self._log)
+            return AgentaoAgent(
+                agent, bridge, rules=rules, max_steps=steps, close=_close_theirs, log=self._log
+            )
+        agent = self._agentao(key, workspace, bridge, history, rules, tools, meter)
+        servers = self._servers_of(rules)
+
+        def prepare(token: CancellationToken) -> None:
+            if servers is not None:
+                servers.equip(agent, rules.policy, token, self._log)
+
+        def close(agent: t.Any) -> None:
+            if servers is not None:
+                self._end(servers)
+            close_agent(agent)
+
+        return AgentaoAgent(
+            agent,
+            bridge,
+            rules=rules,
+            max_steps=steps,
+            close=close,
+            log=self._log,
+            prepare=prepare,
+            state=lambda: state.keep(agent),
+        )
 
     def suits(self, key: SessionKey, agent: AgentaoAgent) -> bool:
         return agent.rules == self._rules(Principal(key.tenant, key.user))
@@ -152,6 +202,10 @@ class AgentaoAgents:
     def close(self) -> None:
         with self._lock:
             models, self._models = self._models, None
+            leaving, self._leaving = self._leaving, set()
+        until = time.monotonic() + _SERVERS_SECONDS
+        for servers in leaving:
+            servers.wait_gone(until)
         if models is not None:
             models.close()
 
@@ -171,6 +225,7 @@ class AgentaoAgents:
             client.meter = meter
         else:
             client = self._pool().client(logger=self._log, meter=meter, **self._llm)
+        file = self.workspaces.memory(key) if self._options.memory else None
         agent = build_agent(
             workspace=workspace,
             transport=bridge,
@@ -180,8 +235,12 @@ class AgentaoAgents:
             session_id=key.id,
             policy=rules.policy,
             extra_tools=tools,
+            skills=self._named(rules.skills, self._skills, "skill"),
+            memory=open_memory(file, self._log) if file is not None else None,
+            memory_asks=self._options.workspace == "tenant",
         )
         meter.scales = agent.context_manager
+        state.restore(agent, history.state)
         return agent
 
     def _meter(self, principal: Principal, rules: Rules) -> Meter:
@@ -193,6 +252,31 @@ class AgentaoAgents:
             max_tool_calls=self._options.max_tool_calls,
             log=self._log,
         )
+
+    def _servers_of(self, rules: Rules) -> Servers | None:
+        named = self._named(rules.mcp, self._servers, "MCP server")
+        if not named:
+            return None
+        from agentao_web.agents.servers import Servers
+
+        return Servers(named.values())
+
+    def _named(
+        self, names: tuple[str, ...], all_: cabc.Mapping[str, _Thing], what: str
+    ) -> dict[str, _Thing]:
+        """Those of *all_* that rules name; what is not there is only logged: less is safe."""
+        if "*" in names:
+            return dict(all_)
+        for name in names:
+            if name not in all_:
+                self._log.warning("rules name the %s %r, and there is none", what, name)
+        return {name: thing for name, thing in all_.items() if name in names}
+
+    def _end(self, servers: Servers) -> None:
+        """Begin to end *servers*; who goes last waits for them (``close``)."""
+        servers.close()
+        with self._lock:
+            self._leaving = {other for other in self._leaving if not other.gone} | {servers}
 
     def _pool(self) -> ModelPool:
         """The shared HTTP pool, opened in the worker and not before the fork."""
@@ -210,6 +294,20 @@ class AgentaoAgents:
 
 class _MeteredDemo(Metered, DemoModel):  # type: ignore[misc]
     """The demo model costs nothing, and is counted all the same: limits can be tried with it."""
+
+
+def _servers(
+    file: Path, environ: cabc.Mapping[str, str], call_timeout: float, log: logging.Logger
+) -> dict[str, Server]:
+    from agentao_web.agents import servers
+
+    servers.check_agentao()
+    if not servers.dies_with_us():
+        log.warning(
+            "MCP servers that ignore the end of their input would outlive a killed worker: "
+            "install setpriv (util-linux)"
+        )
+    return read_servers(file, environ, call_timeout=call_timeout)
 
 
 def _model(environ: cabc.Mapping[str, str]) -> dict[str, t.Any]:

@@ -28,6 +28,7 @@ from agentao import context_manager
 from agentao.agent import Agentao
 from agentao.prompts import helpers
 from agentao.runtime import arg_repair
+from agentao.skills import SkillManager
 from agentao.tools import file_ops
 from agentao.tools import search
 
@@ -201,6 +202,7 @@ def _checks() -> dict[str, bool]:
     limit = context_manager._OBSERVED_LIMIT_PATTERNS[0][0]
     private = {
         Agentao: ("_build_system_prompt", "_init_session_state"),
+        SkillManager: ("_list_skill_resources", "get_skill_content"),
         file_ops.EditTool: ("_not_found_hint", "_line_window_matches", "_apply_match"),
     }
     names = {

@@ -34,10 +34,27 @@ class Workspaces:
             folder.mkdir(mode=0o700, exist_ok=True)
         return path.resolve()
 
+    def memory(self, key: SessionKey) -> Path | None:
+        """The file of what agents of this workspace remember; None where people would mix.
+
+        That is a token without a user: nobody says that all who carry one are one person.
+        ``tenant`` says so, and a session's own memory is nobody else's.
+        """
+        if self._sharing == "user" and not key.user:
+            return None
+        workspace = self.path(key)
+        folder = self._root.parent / "memory" / workspace.parent.name
+        return folder / f"{workspace.name}.db"
+
     def forget(self, key: SessionKey) -> None:
-        """Remove the session's own folder, if it has one of its own."""
+        """Remove the session's own folder and memory, if it has its own."""
         if self._sharing == "session":
             shutil.rmtree(self.path(key), ignore_errors=True)
+            memory = self.memory(key)
+            if memory is not None:
+                # And what SQLite keeps beside it.
+                for ending in ("", "-wal", "-shm", "-journal"):
+                    memory.with_name(memory.name + ending).unlink(missing_ok=True)
 
 
 def _digest(*names: str) -> str:
