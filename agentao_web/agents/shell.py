@@ -1,0 +1,495 @@
+"""The shell of an agent: one command at a time, watched while it runs, and gone when it ends.
+
+Knows processes, their output and their bounds; must never know turns, HTTP or the store.
+
+Different from agentao's LocalShellExecutor on purpose:
+
+1. The time is the whole time of a command, not that of its silence.
+2. No threads: the thread that starts a command reads it and ends it. In the sandbox the kernel
+   ends a command with the very thread that started it.
+3. Nothing is left running: no background commands, and what a command left behind is killed.
+"""
+
+from __future__ import annotations
+
+import codecs
+import collections.abc as cabc
+import contextlib
+import os
+import secrets
+import selectors
+import signal
+import socket
+import stat
+import subprocess
+import time
+import typing as t
+from pathlib import Path
+
+from agentao.capabilities import BackgroundHandle
+from agentao.capabilities import ShellRequest
+from agentao.capabilities import ShellResult
+from agentao.security import PathPolicyError
+from agentao.tools import ShellTool
+
+from . import sandbox
+from .quota import Quota
+from .quota import Usage
+
+#: Characters of a command; the kernel takes 128 KiB of one argument.
+MAX_COMMAND: t.Final = 32_768
+#: Bytes of output: kept of each stream, sent as events, and after which a command is stopped.
+KEPT_HEAD: t.Final = 64 * 2**10
+KEPT_TAIL: t.Final = 192 * 2**10
+SHOWN: t.Final = 256 * 2**10
+MAX_OUTPUT: t.Final = 16 * 2**20
+#: Processes of one command, and their memory together.
+MAX_PROCESSES: t.Final = 256
+MAX_MEMORY: t.Final = 4 * 2**30
+#: Seconds between two looks at the processes, and at the workspace.
+LOOK: t.Final = 0.2
+MEASURE: t.Final = 1.0
+#: Seconds to wait for what was killed.
+REAP: t.Final = 5.0
+
+#: Of the server's environment, what an unconfined command gets.
+KEPT_ENVIRON: t.Final = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "USER")
+_MARK: t.Final = "AGENTAO_WEB_COMMAND"
+_CUT: t.Final = "\n[more output is not shown]\n"
+
+
+class Launch(t.NamedTuple):
+    """Arguments, descriptors and environment of a process about to be started."""
+
+    argv: list[str]
+    fds: tuple[int, ...]
+    environ: dict[str, str]
+    folder: str
+
+
+class Executor:
+    """agentao's ShellExecutor for one workspace, in the sandbox."""
+
+    #: Where the command sees the workspace.
+    shown = sandbox.INSIDE
+
+    def __init__(self, workspace: Path, *, seconds: float, quota: Quota) -> None:
+        self._workspace = workspace
+        self._seconds = seconds
+        self._quota = quota
+
+    def run(self, request: ShellRequest) -> ShellResult:
+        """Run one command to its end, which the turn's stop or a bound may be.
+
+        Raises RuntimeError or OSError for one that is not started; agentao words that.
+        """
+        self.admit()
+        used = self._quota.measure()
+        full = self._quota.complaint(used)
+        if used.files > 2 * self._quota.max_files:
+            raise RuntimeError(full)
+        folder = os.path.relpath(request.cwd, self._workspace)
+        # In a full workspace files can be removed, but none grows.
+        room = 0 if full else self._quota.max_bytes
+        mark = secrets.token_hex(8)
+        with self.launch("" if folder == "." else folder, request.command, room, mark) as launch:
+            process = _start(launch)
+        with _Command(process, mark, request, str(self._workspace)) as command:
+            why = command.watch(self._seconds, lambda: self._grown(used))
+        self._quota.measure()
+        return command.result(f"{why}. {full}" if why and full else why or full)
+
+    def run_background(self, request: ShellRequest) -> BackgroundHandle:
+        """Nothing outlives its command."""
+        raise NotImplementedError
+
+    def admit(self) -> None:
+        """RuntimeError if no command may run now."""
+
+    def launch(
+        self, folder: str, command: str, room: int, mark: str
+    ) -> contextlib.AbstractContextManager[Launch]:
+        """How to start *command* in *folder* of the workspace, with *room* bytes for a file."""
+        return self._walled(folder, command, room, mark)
+
+    @contextlib.contextmanager
+    def _walled(
+        self, folder: str, command: str, room: int, mark: str
+    ) -> cabc.Iterator[Launch]:
+        with sandbox.launch(self._workspace, folder, command, file_size=room) as ready:
+            yield Launch(ready.argv, ready.fds, {}, "/")
+
+    def _grown(self, before: Usage) -> str | None:
+        """Why the workspace is too full to go on, if it is, and fuller than *before*."""
+        used = self._quota.measure()
+        if used.size <= before.size and used.files <= before.files:
+            return None
+        return self._quota.complaint(used)
+
+
+class Unconfined(Executor):
+    """The same without the sandbox: a command can do whatever the server can.
+
+    *alone* says whether the server has only the one tenant; otherwise nothing runs.
+    """
+
+    shown = "."
+
+    def __init__(
+        self,
+        workspace: Path,
+        *,
+        seconds: float,
+        quota: Quota,
+        alone: cabc.Callable[[], bool],
+        environ: cabc.Mapping[str, str] = os.environ,
+    ) -> None:
+        super().__init__(workspace, seconds=seconds, quota=quota)
+        self._alone = alone
+        self._environ = {name: environ[name] for name in KEPT_ENVIRON if name in environ}
+
+    def admit(self) -> None:
+        if not self._alone():
+            raise RuntimeError("a shell outside of the sandbox is for a server with one tenant")
+
+    @contextlib.contextmanager
+    def _walled(
+        self, folder: str, command: str, room: int, mark: str
+    ) -> cabc.Iterator[Launch]:
+        argv = sandbox.limited(command, file_size=room)
+        with contextlib.suppress(OSError):
+            # The shell itself ends with the thread that started it, whatever becomes of us.
+            os.stat("/usr/bin/setpriv")
+            argv = ["/usr/bin/setpriv", "--pdeathsig", "KILL", "--", *argv]
+        environ = {"TERM": "dumb", "PAGER": "cat", **self._environ, _MARK: mark}
+        yield Launch(argv, (), environ, os.path.join(self._workspace, folder))
+
+
+def _start(launch: Launch) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        launch.argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=launch.folder,
+        env=launch.environ,
+        pass_fds=launch.fds,
+        start_new_session=True,
+    )
+
+
+class _Command:
+    """A process that was started: read, watched, and dead when the block is left."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], mark: str, request: ShellRequest, path: str
+    ) -> None:
+        self._process = process
+        self._mark = mark
+        self._token = request.cancellation_token
+        self._shown = _Shown(request.on_chunk, path)
+        self._path = path.encode()
+        self._read = 0
+        assert process.stdout is not None and process.stderr is not None
+        self._pipes = {process.stdout: _Kept(), process.stderr: _Kept()}
+        self._cancelled = False
+        self._wake, self._waker = socket.socketpair()
+        for end in (self._wake, self._waker):
+            end.setblocking(False)
+
+    def __enter__(self) -> t.Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._kill()
+        for closable in (*self._pipes, self._wake, self._waker):
+            closable.close()
+        self._shown.end()
+
+    def watch(self, seconds: float, grown: cabc.Callable[[], str | None]) -> str | None:
+        """Read until the command has ended; why it was stopped, if it was."""
+        unregister = None
+        if self._token is not None:
+            unregister = self._token.add_done_callback(self._poke)
+        try:
+            why = self._watch(time.monotonic() + seconds, grown)
+        finally:
+            if unregister is not None:
+                unregister()
+        if why == "":
+            self._cancelled = True
+            why = None
+        elif why == "time":
+            why = f"stopped after {seconds:g} seconds"
+        self._kill()
+        self._drain()
+        return why
+
+    def _watch(self, ends: float, grown: cabc.Callable[[], str | None]) -> str | None:
+        measured = time.monotonic()
+        with selectors.DefaultSelector() as ready, _exit_of(self._process) as ended:
+            for file in (*self._pipes, self._wake, ended):
+                os.set_blocking(file if isinstance(file, int) else file.fileno(), False)
+                ready.register(file, selectors.EVENT_READ)
+            looked = 0.0
+            while True:
+                found = {key.fileobj for key, _ in ready.select(LOOK)}
+                if self._process.poll() is not None:
+                    return None
+                if self._token is not None and self._token.is_cancelled:
+                    return ""
+                for pipe in self._pipes:
+                    if pipe in found and not self._take(pipe):
+                        ready.unregister(pipe)
+                now = time.monotonic()
+                if now > ends:
+                    return "time"
+                if self._read > MAX_OUTPUT:
+                    return f"stopped after {MAX_OUTPUT:,} bytes of output"
+                if now - looked > LOOK:
+                    if too_much := _too_much(self._process.pid):
+                        return too_much
+                    looked = time.monotonic()
+                if now - measured > MEASURE:
+                    if full := grown():
+                        return f"stopped: {full}"
+                    measured = time.monotonic()
+
+    def _take(self, pipe: t.IO[bytes]) -> bool:
+        """Read what is there; False at the end of it."""
+        try:
+            data = os.read(pipe.fileno(), 65_536)
+        except BlockingIOError:
+            return True
+        self._read += len(data)
+        self._pipes[pipe].add(data)
+        self._shown.add(pipe, data)
+        return bool(data)
+
+    def _drain(self) -> None:
+        """What was written before the end; nobody is left who could write more for long."""
+        for pipe in self._pipes:
+            until = self._read + MAX_OUTPUT
+            while self._read < until and _readable(pipe) and self._take(pipe):
+                pass
+
+    def _poke(self) -> None:
+        with contextlib.suppress(OSError):
+            self._waker.send(b".")
+
+    def _kill(self) -> None:
+        """End the command and what it left behind."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for pid in _marked(self._mark):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(REAP)
+
+    def result(self, note: str | None) -> ShellResult:
+        """What agentao gets, with *note* as the last line of the errors."""
+        out, err = (kept.result(self._path) for kept in self._pipes.values())
+        said = err[0] + (f"\n[{note}]\n".encode() if note else b"")
+        code = self._process.returncode
+        return ShellResult(
+            returncode=-signal.SIGKILL if code is None else code,
+            stdout=out[0],
+            stderr=said,
+            stdout_omitted_bytes=out[1],
+            stderr_omitted_bytes=err[1],
+            stdout_omitted_at=out[2],
+            stderr_omitted_at=err[2],
+            cancelled=self._cancelled,
+        )
+
+
+class _Kept:
+    """The first and the last bytes of a stream of any length."""
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._tail = bytearray()
+        self._dropped = 0
+
+    def add(self, data: bytes) -> None:
+        room = KEPT_HEAD - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        if len(self._tail) > 2 * KEPT_TAIL:
+            self._drop()
+
+    def _drop(self) -> None:
+        surplus = max(0, len(self._tail) - KEPT_TAIL)
+        del self._tail[:surplus]
+        self._dropped += surplus
+
+    def result(self, path: bytes) -> tuple[bytes, int, int]:
+        """The bytes with *path* made relative, how many are missing, and where."""
+        self._drop()
+        if not self._dropped:
+            return _relative(bytes(self._head + self._tail), path), 0, 0
+        head, tail = (_relative(bytes(part), path) for part in (self._head, self._tail))
+        return head + tail, self._dropped, len(head)
+
+
+def _relative(data: bytes, path: bytes) -> bytes:
+    return data.replace(path + b"/", b"").replace(path, b".")
+
+
+class _Shown:
+    """Output as events: text, with the workspace's path made relative, up to a limit."""
+
+    def __init__(self, on_chunk: cabc.Callable[[str], None] | None, path: str) -> None:
+        self._on_chunk = on_chunk
+        self._path = path
+        self._left = SHOWN
+        self._decoders: dict[object, t.Any] = {}
+        self._held: dict[object, str] = {}
+
+    def add(self, pipe: object, data: bytes) -> None:
+        if self._on_chunk is None or self._left <= 0:
+            return
+        decoder = self._decoders.get(pipe)
+        if decoder is None:
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            self._decoders[pipe] = decoder
+        text = self._held.get(pipe, "") + decoder.decode(data, final=not data)
+        # A path may be cut in two: what could be the beginning of one waits for the rest.
+        cut = len(text) - (_begun(text, self._path + "/") if data else 0)
+        self._held[pipe] = text[cut:]
+        self._send(text[:cut].replace(self._path + "/", "").replace(self._path, "."))
+
+    def end(self) -> None:
+        for pipe in list(self._held):
+            self.add(pipe, b"")
+
+    def _send(self, text: str) -> None:
+        if text and self._on_chunk is not None:
+            shown = text[: self._left]
+            self._left -= len(text)
+            self._on_chunk(shown + _CUT if self._left <= 0 else shown)
+
+
+def _begun(text: str, path: str) -> int:
+    """How many characters at the end of *text* are a beginning of *path*."""
+    for length in range(min(len(path) - 1, len(text)), 0, -1):
+        if text.endswith(path[:length]):
+            return length
+    return 0
+
+
+def _readable(pipe: t.IO[bytes]) -> bool:
+    with selectors.DefaultSelector() as ready:
+        ready.register(pipe, selectors.EVENT_READ)
+        return bool(ready.select(0))
+
+
+@contextlib.contextmanager
+def _exit_of(process: subprocess.Popen[bytes]) -> cabc.Iterator[int]:
+    """A descriptor that gets readable when the process has ended."""
+    fd = os.pidfd_open(process.pid)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+# The processes of a command
+
+
+def _too_much(pid: int) -> str | None:
+    """Why the processes below *pid* are too many or too large, if they are."""
+    count, memory, todo = 0, 0, [pid]
+    unlinked: dict[tuple[int, int], int] = {}
+    while todo:
+        one = todo.pop()
+        count += 1
+        if count > MAX_PROCESSES:
+            return f"stopped: more than {MAX_PROCESSES} processes"
+        memory += _resident(one)
+        unlinked.update(_unlinked(one))
+        todo += _children(one)
+    if memory + sum(unlinked.values()) > MAX_MEMORY:
+        return f"stopped: more than {MAX_MEMORY:,} bytes of memory and of files without a name"
+    return None
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as children:
+                found += map(int, children.read().split())
+    return found
+
+
+def _resident(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
+
+
+def _unlinked(pid: int) -> dict[tuple[int, int], int]:
+    """Open files that have no name any more, or never had one: no walk would find them."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                info = os.stat(f"/proc/{pid}/fd/{name}")
+                if stat.S_ISREG(info.st_mode) and info.st_nlink == 0:
+                    found[info.st_dev, info.st_ino] = info.st_blocks * 512
+    return found
+
+
+def _marked(mark: str) -> list[int]:
+    """Processes that were started with *mark* in their environment, wherever they hid since."""
+    wanted = f"{_MARK}={mark}".encode()
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as environ:
+                if wanted in environ.read(2**18).split(b"\0"):
+                    found.append(int(name))
+    return found
+
+
+class CommandTool(ShellTool):
+    """run_shell_command as this server runs it: nothing in the background, time by setting."""
+
+    def __init__(self, executor: Executor) -> None:
+        super().__init__()
+        self._executor = executor
+
+    @property
+    def description(self) -> str:
+        where = (
+            f"The workspace is {self._executor.shown} there: give other tools relative paths. "
+            "There is no network, and nothing but the workspace is kept."
+            if type(self._executor) is Executor
+            else "It starts in the workspace."
+        )
+        return (
+            f"Run a shell command as `{self._invocation()}`. {where}\n"
+            f"It may take {self._executor._seconds:g} seconds, has no input, and all it started "
+            "ends with it. Use quiet flags where there are some. The result has the output and "
+            "the errors, and the exit code if it is not zero."
+        )
+
+    @property
+    def parameters(self) -> dict[str, t.Any]:
+        theirs = super().parameters
+        kept = ("command", "description", "working_directory")
+        return {**theirs, "properties": {name: theirs["properties"][name] for name in kept}}
+
+    def execute(self, command: str, **given: t.Any) -> str:  # type: ignore[override]
+        if len(command) > MAX_COMMAND or "\0" in command:
+            return f"Error: a command has at most {MAX_COMMAND:,} characters, and no NUL"
+        try:
+            self.resolve_cwd(str(given.get("working_directory", ".")))
+        except (PathPolicyError, OSError, RuntimeError, ValueError):
+            return "Error: that path is outside the workspace"
+        kept = ("description", "working_directory", "_decided")
+        return super().execute(command, **{k: v for k, v in given.items() if k in kept})
