@@ -147,6 +147,15 @@ def rules_per_tenant(settings: Settings) -> cabc.Callable[[str], Rules]:
 
     Raises RuntimeError, with the cure, for a file that cannot be read or says what is no rule.
     """
+    return _tables(settings)[0]
+
+
+def shells(settings: Settings) -> set[str]:
+    """Every kind of shell the settings and the file TENANTS name; RuntimeError as above."""
+    return {settings.shell, *(rules.shell for rules in _tables(settings)[1])}
+
+
+def _tables(settings: Settings) -> tuple[cabc.Callable[[str], Rules], list[Rules]]:
     base = Rules(
         policy=settings.policy,
         shell=settings.shell,
@@ -155,7 +164,7 @@ def rules_per_tenant(settings: Settings) -> cabc.Callable[[str], Rules]:
         tokens_per_day=settings.tokens_per_day,
     )
     if settings.tenants is None:
-        return lambda tenant: base
+        return lambda tenant: base, [base]
     try:
         told = tomllib.loads(settings.tenants.read_text())
     except (OSError, ValueError) as exc:
@@ -169,7 +178,22 @@ def rules_per_tenant(settings: Settings) -> cabc.Callable[[str], Rules]:
         raise RuntimeError("AGENTAO_TENANTS: tenants must be tables, [tenants.…]")
     base = _changed(base, "default", told.get("default", {}))
     own = {name: _changed(base, f"tenants.{name}", table) for name, table in tables.items()}
-    return lambda tenant: own.get(tenant, base)
+    _check_shells(settings, [base, *own.values()], len(own))
+    return lambda tenant: own.get(tenant, base), [base, *own.values()]
+
+
+def _check_shells(settings: Settings, rules: list[Rules], tenants: int) -> None:
+    unconfined = settings.shell == "unconfined"
+    if not unconfined and any(one.shell == "unconfined" for one in rules):
+        raise RuntimeError(
+            "AGENTAO_TENANTS: shell may be unconfined only if AGENTAO_SHELL=unconfined, which is "
+            "for a server with one tenant: use sandbox"
+        )
+    if unconfined and tenants > 1:
+        raise RuntimeError(
+            "AGENTAO_TENANTS names several tenants, and a shell outside of the sandbox could read "
+            "everything of each: use AGENTAO_SHELL=sandbox"
+        )
 
 
 def _changed(rules: Rules, where: str, table: t.Any) -> Rules:

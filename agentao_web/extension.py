@@ -22,6 +22,7 @@ from agentao_web.auth import by_token
 from agentao_web.config import Settings
 from agentao_web.config import from_environment
 from agentao_web.config import rules_per_tenant
+from agentao_web.config import shells
 from agentao_web.core.names import Principal
 from agentao_web.core.rules import Rules
 from agentao_web.readers import Watcher
@@ -93,6 +94,8 @@ class AgentaoWeb:
             tools=self._tools,
             context=app.app_context,
             purse=allowance,
+            shells=shells(settings),
+            alone=lambda: len(store.tenants(2)) < 2,
             log=log,
         )
         app.extensions[_KEY] = views.Parts(

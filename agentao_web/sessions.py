@@ -18,6 +18,7 @@ import uuid
 from agentao_web.core import limits
 from agentao_web.core.errors import BudgetExhausted
 from agentao_web.core.errors import Draining
+from agentao_web.core.errors import Forbidden
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import Quota
 from agentao_web.core.errors import SessionBusy
@@ -92,6 +93,8 @@ class Caps(t.Protocol):
     def max_queue(self) -> int: ...
     @property
     def log_bytes(self) -> int: ...
+    @property
+    def shell(self) -> str: ...
     @property
     def worker_lease(self) -> float: ...
 
@@ -217,9 +220,10 @@ class SessionPool:
         """Accept a turn: its message is committed when this returns.
 
         Raises SessionBusy, TooManyTurns, TooManySessions, BudgetExhausted, IdempotencyConflict,
-        Draining or StoreUnavailable; then nothing has changed.
+        Draining, Forbidden or StoreUnavailable; then nothing has changed.
         """
         self._wake_up()
+        self._check_alone(key.tenant)
         deadline = min(request.timeout or self._caps.turn_timeout, self._caps.turn_timeout)
         turn = Turn(uuid.uuid4().hex, request, self.clock(), deadline)
         try:
@@ -236,6 +240,14 @@ class SessionPool:
         finally:
             self._nudge.set()
             self._peers.nudge()
+
+    def _check_alone(self, tenant: str) -> None:
+        """An unconfined shell reads all there is on a server: it must be all of one tenant."""
+        if self._caps.shell == "unconfined" and set(self.store.tenants(2)) - {tenant}:
+            raise Forbidden(
+                "this server gives its agents a shell outside of the sandbox, so it is for one "
+                "tenant, and another one has sessions here"
+            )
 
     def _start(self, key: SessionKey, turn: Turn) -> Started:
         live, admitted, holder = self._admit(key, turn)

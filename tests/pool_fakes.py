@@ -123,6 +123,7 @@ class TestCaps:
     max_queue: int = 4
     log_bytes: int = 2**20
     worker_lease: float = 10.0
+    shell: str = "off"
 
 
 class Clock:

@@ -35,6 +35,9 @@ from agentao.tools.base import Tool
 
 from .files import MAX_FILE
 from .files import ConfinedFS
+from .quota import Quota
+from .shell import CommandTool
+from .shell import Executor
 from .memory import Recall
 from .memory import SaveTool
 from .skills import AllowedSkills
@@ -96,15 +99,18 @@ def build_agent(
     skills: cabc.Mapping[str, Skill] | None = None,
     memory: MemoryManager | None = None,
     memory_asks: bool = False,
+    quota: Quota | None = None,
+    shell: Executor | None = None,
     max_context_tokens: int = 200_000,
 ) -> WorkspaceAgent:
     """An agent that reads and writes in *workspace* only, and asks *transport* as *policy* says.
 
     *llm_client* may be shared. Its logger is the one agentao writes to: give it one that does
     not propagate. With *memory* it can save facts there; with *memory_asks* the policy ``ask``
-    asks before it does, as others read them.
+    asks before it does, as others read them. What it writes stays within *quota*; without a
+    *shell* it has none.
     """
-    extra = list(extra_tools)
+    extra = [*extra_tools, *([CommandTool(shell)] if shell else [])]
     asking = {tool.name for tool in extra if tool.requires_confirmation}
     tools = [*(make() for make in _BOUNDED), *extra]
     skills = skills or {}
@@ -112,7 +118,7 @@ def build_agent(
         tools.append(SaveTool(memory, asks=memory_asks and policy == "ask"))
     enabled = (*READ_TOOLS, *WRITE_TOOLS, *(SKILL_TOOLS if skills else ()))
     given = {*enabled, *(tool.name for tool in tools)}
-    own = ConfinedFS(workspace)
+    own = ConfinedFS(workspace, quota=quota)
     agent = WorkspaceAgent(
         working_directory=NOWHERE,
         transport=transport,
@@ -120,6 +126,7 @@ def build_agent(
         logger=logger,
         max_context_tokens=max_context_tokens,
         filesystem=WithSkills.over(own, workspace, skills.values()) if skills else own,
+        shell=shell,
         permission_engine=_permissions(workspace, policy, given, asking),
         enabled_tools=enabled,
         extra_tools=tools,
@@ -154,8 +161,12 @@ def _permissions(
     action = _WRITE_RULES[policy]
     engine = PermissionEngine(
         project_root=workspace,
-        # A rule's tool is a regular expression.
+        # A rule's tool is a regular expression. All of agentao's own rules come after these: none
+        # lets a command pass unasked.
         rules=[{"tool": re.escape(n), "action": action} for n in (*WRITE_TOOLS, *sorted(asking))],
+        # Its list of forbidden commands is no boundary, which the sandbox is; and it holds the
+        # GIL for 20 seconds over a kilobyte of newlines.
+        enable_hardline=False,
     )
     if policy == "read-only":
         engine.set_mode(PermissionMode.READ_ONLY)

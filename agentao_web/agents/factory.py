@@ -17,6 +17,7 @@ from agentao.embedding.factory import discover_llm_kwargs
 
 from agentao_web.agents import guards
 from agentao_web.agents import llm
+from agentao_web.agents import sandbox
 from agentao_web.agents import state
 from agentao_web.agents.bridge import AgentaoAgent
 from agentao_web.agents.bridge import Bridge
@@ -31,6 +32,9 @@ from agentao_web.agents.mcp import read_servers
 from agentao_web.agents.memory import open_memory
 from agentao_web.agents.skills import Skill
 from agentao_web.agents.skills import read_skills
+from agentao_web.agents.quota import Quota
+from agentao_web.agents.shell import Executor
+from agentao_web.agents.shell import Unconfined
 from agentao_web.agents.tools import Context
 from agentao_web.agents.tools import HostTool
 from agentao_web.agents.tools import HostTools
@@ -84,6 +88,13 @@ class Options(t.Protocol):
     def max_tool_calls(self) -> int: ...
     @property
     def max_turn_tokens(self) -> int | None: ...
+    def shell(self) -> str: ...
+    @property
+    def shell_timeout(self) -> float: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+    @property
+    def workspace_files(self) -> int: ...
     @property
     def llm_read_timeout(self) -> float: ...
     @property
@@ -105,9 +116,10 @@ class AgentaoAgents:
 
     *rules* says what the agents of a principal may do, *tools* which functions of the host's they
     have; both are asked whenever one is built. *context* is entered around the host's functions.
-    The tokens of the day come out of *purse*.
+    *shells* are those the rules may say, as far as that is known; *alone* tells whether the server
+    has one tenant only. The tokens of the day come out of *purse*.
     Raises RuntimeError at once if there is neither a model nor a host's own *factory*, and if the
-    operator's MCP servers or skills cannot be used.
+    operator's MCP servers or skills cannot be used, or one of *shells* does not work here.
     """
 
     def __init__(
@@ -119,6 +131,8 @@ class AgentaoAgents:
         tools: ToolsFor | None = None,
         context: Context = contextlib.nullcontext,
         purse: Purse | None = None,
+        shells: cabc.Collection[str] = (),
+        alone: cabc.Callable[[], bool] = lambda: True,
         environ: cabc.Mapping[str, str] = os.environ,
         log: logging.Logger,
     ) -> None:
@@ -130,6 +144,8 @@ class AgentaoAgents:
         self._rules = rules
         self._factory = factory
         self._purse = purse
+        self._alone = alone
+        self._environ = environ
         self._log = log
         self._lock = threading.Lock()
         self._models: ModelPool | None = None
@@ -141,6 +157,8 @@ class AgentaoAgents:
             self._servers = _servers(options.mcp, environ, options.tool_timeout, log)
         if options.skills is not None:
             self._skills = read_skills(options.skills)
+        if factory is None and "sandbox" in shells:
+            sandbox.check(options.root)
         if factory is None and not options.demo:
             self._llm = _model(environ)
 
@@ -226,6 +244,11 @@ class AgentaoAgents:
         else:
             client = self._pool().client(logger=self._log, meter=meter, **self._llm)
         file = self.workspaces.memory(key) if self._options.memory else None
+        quota = Quota(
+            workspace,
+            max_bytes=self._options.workspace_bytes,
+            max_files=self._options.workspace_files,
+        )
         agent = build_agent(
             workspace=workspace,
             transport=bridge,
@@ -238,6 +261,8 @@ class AgentaoAgents:
             skills=self._named(rules.skills, self._skills, "skill"),
             memory=open_memory(file, self._log) if file is not None else None,
             memory_asks=self._options.workspace == "tenant",
+            quota=quota,
+            shell=self._shell(workspace, quota, rules),
         )
         meter.scales = agent.context_manager
         state.restore(agent, history.state)
@@ -277,6 +302,27 @@ class AgentaoAgents:
         servers.close()
         with self._lock:
             self._leaving = {other for other in self._leaving if not other.gone} | {servers}
+
+    def _shell(self, workspace: Path, quota: Quota, rules: Rules) -> Executor | None:
+        seconds = self._options.shell_timeout
+        if rules.shell == "sandbox":
+            # The host's own rules may say so where the settings do not.
+            sandbox.check(self._options.root)
+            return Executor(workspace, seconds=seconds, quota=quota)
+        if rules.shell == "unconfined":
+            if self._options.shell != "unconfined":
+                raise RuntimeError(
+                    'rules may say shell="unconfined" only if AGENTAO_SHELL=unconfined, which '
+                    'is for a server with one tenant: use "sandbox"'
+                )
+            return Unconfined(
+                workspace,
+                seconds=seconds,
+                quota=quota,
+                alone=self._alone,
+                environ=self._environ,
+            )
+        return None
 
     def _pool(self) -> ModelPool:
         """The shared HTTP pool, opened in the worker and not before the fork."""

@@ -29,6 +29,9 @@ from pathlib import Path
 from agentao.capabilities.filesystem import FileEntry
 from agentao.capabilities.filesystem import FileStat
 
+from .quota import Quota
+from .quota import Usage
+
 MAX_FILE = 10 * 1024 * 1024
 #: A list of Python strings is many times its file: ten million empty lines are 500 MB.
 MAX_LINES = 250_000
@@ -85,6 +88,7 @@ class ConfinedFS:
         max_walk: float = MAX_WALK,
         clock: Clock = time.monotonic,
         budget: Budget | None = None,
+        quota: Quota | None = None,
     ) -> None:
         if not root.is_absolute():
             raise ValueError("a workspace is an absolute path: pass Path(...).resolve()")
@@ -95,6 +99,7 @@ class ConfinedFS:
         self._max_walk = max_walk
         self._clock = clock
         self._budget = budget
+        self._quota = quota
 
     def within(self, seconds: float, size: int) -> ConfinedFS:
         """The same workspace for one call that may take so long and read so much."""
@@ -105,6 +110,7 @@ class ConfinedFS:
             max_walk=min(self._max_walk, seconds),
             clock=self._clock,
             budget=Budget(seconds, size, self._clock),
+            quota=self._quota,
         )
 
     # Reading
@@ -158,8 +164,27 @@ class ConfinedFS:
             new = self.read_bytes(path) + new
         if len(new) > self._max_file:
             raise _too_large(self._max_file)
-        with _plainly(names), self._parent(names, create=True) as parent:
+        with (
+            _plainly(names),
+            self._room(names, len(new)),
+            self._parent(names, create=True) as parent,
+        ):
             self._replace(names[-1], parent, new)
+
+    def _room(self, names: tuple[str, ...], size: int) -> contextlib.AbstractContextManager[None]:
+        if self._quota is None:
+            return contextlib.nullcontext()
+        return self._quota.room(lambda: self._more(names, size))
+
+    def _more(self, names: tuple[str, ...], size: int) -> Usage:
+        """What the workspace has more when *names* is a file of *size* bytes."""
+        there = len(names)
+        while there and not os.path.lexists(os.path.join(self._root, *names[:there])):
+            there -= 1
+        if there == len(names):
+            with self._parent(names) as parent:
+                size -= _lstat(names[-1], parent).st_size
+        return Usage(size, len(names) - there)
 
     def _replace(self, name: str, parent: int, data: bytes) -> None:
         mode = _mode_to_keep(name, parent)

@@ -60,21 +60,25 @@ class Quota:
         self._clock = clock
 
     @contextlib.contextmanager
-    def room(self, size: int, files: int) -> cabc.Iterator[None]:
-        """Hold the room for so much more while it is written; WorkspaceFull if there is none."""
+    def room(self, more: cabc.Callable[[], Usage]) -> cabc.Iterator[None]:
+        """Hold the room for *more* while it is written; WorkspaceFull if there is none.
+
+        *more* is asked when nobody else writes.
+        """
         with self._locked() as book:
             used, counted = _read(book)
             if not 0 <= self._clock() - counted <= STALE:
                 used = self._count(book)
-            more = Usage(used.size + size, used.files + files)
-            if (size > 0 or files > 0) and self.complaint(more):
+            size, files = more()
+            then = Usage(used.size + size, used.files + files)
+            if (size > 0 or files > 0) and self.complaint(then):
                 # Files may be gone since.
                 used = self._count(book)
-                more = Usage(used.size + size, used.files + files)
-                if complaint := self.complaint(more):
+                then = Usage(used.size + size, used.files + files)
+                if complaint := self.complaint(then):
                     raise WorkspaceFull(complaint)
             yield
-            _write(book, more, max(counted, _read(book)[1]))
+            _write(book, then, _read(book)[1])
 
     def measure(self) -> Usage:
         """Look at every file now."""
@@ -136,6 +140,12 @@ def usage(root: Path, *, most: int) -> Usage:
     except OSError:
         files += most + 1
     return Usage(size, files)
+
+
+def unlock(root: Path) -> None:
+    """Give the owner back the right to look into every folder below *root*."""
+    # Counting does it by the way; no count is large enough to end early.
+    usage(root, most=2**62)
 
 
 def _walk(fd: int, depth: int) -> cabc.Iterator[os.stat_result]:

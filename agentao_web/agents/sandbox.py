@@ -78,7 +78,8 @@ def limited(command: str, **limits: int) -> list[str]:
     """*command* by the shell, with resource limits; one the server has itself is not raised."""
     names = {"file_size": "fsize", "data": "data", "nproc": "nproc"}
     wanted = {names[k]: v for k, v in limits.items()} | {"core": 0, "nofile": OPEN_FILES}
-    argv = ["/usr/bin/prlimit"]
+    # Below the server, so that it can still end what gets out of hand.
+    argv = ["/usr/bin/nice", "-n", "10", "/usr/bin/prlimit"]
     for name, value in wanted.items():
         hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
         argv.append(f"--{name}={value if hard == resource.RLIM_INFINITY else min(value, hard)}")
@@ -115,8 +116,7 @@ def _try_out() -> None:
                 tried.argv,
                 pass_fds=tried.fds,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                capture_output=True,
                 env={},
                 timeout=_CHECK_SECONDS,
             )

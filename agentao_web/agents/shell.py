@@ -65,6 +65,8 @@ class Launch(t.NamedTuple):
     fds: tuple[int, ...]
     environ: dict[str, str]
     folder: str
+    mark: str = ""
+    """What the environment of all that descends from it has in it, if anything."""
 
 
 class Executor:
@@ -91,10 +93,9 @@ class Executor:
         folder = os.path.relpath(request.cwd, self._workspace)
         # In a full workspace files can be removed, but none grows.
         room = 0 if full else self._quota.max_bytes
-        mark = secrets.token_hex(8)
-        with self.launch("" if folder == "." else folder, request.command, room, mark) as launch:
+        with self._launch("" if folder == "." else folder, request.command, room) as launch:
             process = _start(launch)
-        with _Command(process, mark, request, str(self._workspace)) as command:
+        with _Command(process, launch.mark, request, str(self._workspace)) as command:
             why = command.watch(self._seconds, lambda: self._grown(used))
         self._quota.measure()
         return command.result(f"{why}. {full}" if why and full else why or full)
@@ -106,16 +107,9 @@ class Executor:
     def admit(self) -> None:
         """RuntimeError if no command may run now."""
 
-    def launch(
-        self, folder: str, command: str, room: int, mark: str
-    ) -> contextlib.AbstractContextManager[Launch]:
-        """How to start *command* in *folder* of the workspace, with *room* bytes for a file."""
-        return self._walled(folder, command, room, mark)
-
     @contextlib.contextmanager
-    def _walled(
-        self, folder: str, command: str, room: int, mark: str
-    ) -> cabc.Iterator[Launch]:
+    def _launch(self, folder: str, command: str, room: int) -> cabc.Iterator[Launch]:
+        """How to start *command* in *folder* of the workspace, with *room* bytes for a file."""
         with sandbox.launch(self._workspace, folder, command, file_size=room) as ready:
             yield Launch(ready.argv, ready.fds, {}, "/")
 
@@ -153,16 +147,15 @@ class Unconfined(Executor):
             raise RuntimeError("a shell outside of the sandbox is for a server with one tenant")
 
     @contextlib.contextmanager
-    def _walled(
-        self, folder: str, command: str, room: int, mark: str
-    ) -> cabc.Iterator[Launch]:
+    def _launch(self, folder: str, command: str, room: int) -> cabc.Iterator[Launch]:
         argv = sandbox.limited(command, file_size=room)
         with contextlib.suppress(OSError):
             # The shell itself ends with the thread that started it, whatever becomes of us.
             os.stat("/usr/bin/setpriv")
             argv = ["/usr/bin/setpriv", "--pdeathsig", "KILL", "--", *argv]
+        mark = secrets.token_hex(8)
         environ = {"TERM": "dumb", "PAGER": "cat", **self._environ, _MARK: mark}
-        yield Launch(argv, (), environ, os.path.join(self._workspace, folder))
+        yield Launch(argv, (), environ, os.path.join(self._workspace, folder), mark)
 
 
 def _start(launch: Launch) -> subprocess.Popen[bytes]:
@@ -202,9 +195,11 @@ class _Command:
 
     def __exit__(self, *exc: object) -> None:
         self._kill()
-        for closable in (*self._pipes, self._wake, self._waker):
-            closable.close()
         self._shown.end()
+        for pipe in self._pipes:
+            pipe.close()
+        for end in (self._wake, self._waker):
+            end.close()
 
     def watch(self, seconds: float, grown: cabc.Callable[[], str | None]) -> str | None:
         """Read until the command has ended; why it was stopped, if it was."""
@@ -228,13 +223,15 @@ class _Command:
     def _watch(self, ends: float, grown: cabc.Callable[[], str | None]) -> str | None:
         measured = time.monotonic()
         with selectors.DefaultSelector() as ready, _exit_of(self._process) as ended:
-            for file in (*self._pipes, self._wake, ended):
-                os.set_blocking(file if isinstance(file, int) else file.fileno(), False)
-                ready.register(file, selectors.EVENT_READ)
+            for pipe in self._pipes:
+                os.set_blocking(pipe.fileno(), False)
+                ready.register(pipe, selectors.EVENT_READ)
+            for other in (self._wake, ended):
+                ready.register(other, selectors.EVENT_READ)
             looked = 0.0
             while True:
                 found = {key.fileobj for key, _ in ready.select(LOOK)}
-                if self._process.poll() is not None:
+                if ended in found:
                     return None
                 if self._token is not None and self._token.is_cancelled:
                     return ""
@@ -279,9 +276,11 @@ class _Command:
 
     def _kill(self) -> None:
         """End the command and what it left behind."""
+        if self._process.returncode is not None:
+            return  # its number may be another's by now
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        for pid in _marked(self._mark):
+        for pid in _marked(self._mark) if self._mark else ():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -400,16 +399,16 @@ def _exit_of(process: subprocess.Popen[bytes]) -> cabc.Iterator[int]:
 
 def _too_much(pid: int) -> str | None:
     """Why the processes below *pid* are too many or too large, if they are."""
-    count, memory, todo = 0, 0, [pid]
-    unlinked: dict[tuple[int, int], int] = {}
-    while todo:
-        one = todo.pop()
-        count += 1
-        if count > MAX_PROCESSES:
+    found = [pid]
+    for one in found:
+        found += _children(one)
+        # The number first: while they multiply there is no time for more.
+        if len(found) > MAX_PROCESSES:
             return f"stopped: more than {MAX_PROCESSES} processes"
-        memory += _resident(one)
+    memory = sum(map(_resident, found))
+    unlinked: dict[tuple[int, int], int] = {}
+    for one in found:
         unlinked.update(_unlinked(one))
-        todo += _children(one)
     if memory + sum(unlinked.values()) > MAX_MEMORY:
         return f"stopped: more than {MAX_MEMORY:,} bytes of memory and of files without a name"
     return None
@@ -460,7 +459,7 @@ class CommandTool(ShellTool):
     """run_shell_command as this server runs it: nothing in the background, time by setting."""
 
     def __init__(self, executor: Executor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._executor = executor
 
     @property

@@ -7,6 +7,8 @@ import hashlib
 import shutil
 from pathlib import Path
 
+from agentao_web.agents.quota import book_of
+from agentao_web.agents.quota import unlock
 from agentao_web.core.names import SessionKey
 
 
@@ -49,7 +51,11 @@ class Workspaces:
     def forget(self, key: SessionKey) -> None:
         """Remove the session's own folder and memory, if it has its own."""
         if self._sharing == "session":
-            shutil.rmtree(self.path(key), ignore_errors=True)
+            path = self.path(key)
+            # A command may have taken the right to look into a folder away.
+            unlock(path)
+            shutil.rmtree(path, ignore_errors=True)
+            book_of(path).unlink(missing_ok=True)
             memory = self.memory(key)
             if memory is not None:
                 # And what SQLite keeps beside it.

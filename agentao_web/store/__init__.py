@@ -261,6 +261,9 @@ class Store(t.Protocol):
         None for *tenant* or *user* means all of them: for the operator, never for a request.
         """
 
+    def tenants(self, limit: int) -> list[str]:
+        """Tenants that have sessions, deleted ones until they are gone; the first so many."""
+
     def heads(self, keys: cabc.Collection[SessionKey]) -> dict[SessionKey, SessionRow]:
         """The rows of those of *keys* that exist, in one question."""
 

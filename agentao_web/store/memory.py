@@ -345,6 +345,10 @@ class MemoryStore:
         ]
         return sorted(rows, key=place, reverse=True)[:limit]
 
+    def tenants(self, limit: int) -> list[str]:
+        with self._lock:
+            return sorted({key.tenant for key in self._records})[:limit]
+
     def heads(self, keys: cabc.Collection[SessionKey]) -> dict[SessionKey, SessionRow]:
         with self._lock:
             return {key: self._records[key].row for key in keys if key in self._records}
