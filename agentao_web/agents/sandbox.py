@@ -101,11 +101,11 @@ def check(root: Path) -> None:
                 f"AGENTAO_ROOT is below {shown}, which every sandboxed command can read: "
                 "move it, for example to /var/lib/agentao-web"
             )
-    _try_out()
+    _try_out(_bwrap())
 
 
 @functools.cache
-def _try_out() -> None:
+def _try_out(bwrap: str) -> None:
     """Run the real thing once. What raises is not remembered, so a repaired machine is seen."""
     with (
         tempfile.TemporaryDirectory(prefix="agentao-web-") as folder,
