@@ -159,16 +159,20 @@ class Unconfined(Executor):
 
 
 def _start(launch: Launch) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        launch.argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=launch.folder,
-        env=launch.environ,
-        pass_fds=launch.fds,
-        start_new_session=True,
-    )
+    try:
+        return subprocess.Popen(
+            launch.argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=launch.folder,
+            env=launch.environ,
+            pass_fds=launch.fds,
+            start_new_session=True,
+        )
+    except OSError as exc:
+        # Its own words have the path in them.
+        raise RuntimeError(exc.strerror or "it cannot be started") from None
 
 
 class _Command:
@@ -487,7 +491,8 @@ class CommandTool(ShellTool):
         if len(command) > MAX_COMMAND or "\0" in command:
             return f"Error: a command has at most {MAX_COMMAND:,} characters, and no NUL"
         try:
-            self.resolve_cwd(str(given.get("working_directory", ".")))
+            if not self.resolve_cwd(str(given.get("working_directory", "."))).is_dir():
+                return "Error: there is no such folder in the workspace"
         except (PathPolicyError, OSError, RuntimeError, ValueError):
             return "Error: that path is outside the workspace"
         kept = ("description", "working_directory", "_decided")

@@ -1132,6 +1132,16 @@ def test_a_session_belongs_to_its_tenant_and_user(
     assert store.signals("worker-1") == []
 
 
+def test_the_tenants_are_those_with_sessions(store: Store) -> None:
+    assert store.tenants(2) == []
+    for number, tenant in enumerate(["zoo", "acme", "acme", "other"]):
+        key = SessionKey(tenant, "ann", f"s{number}")
+        claim(store, f"t{number}", key)
+    assert store.tenants(10) == ["acme", "other", "zoo"]
+    assert store.tenants(2) == ["acme", "other"]
+    assert store.tenants(0) == []
+
+
 def test_the_same_names_are_another_session_for_another(store: Store) -> None:
     for key in (KEY, *OTHERS):
         held = claim(store, "t1", key, use=USE)
