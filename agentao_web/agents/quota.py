@@ -128,7 +128,7 @@ def usage(root: Path, *, most: int) -> Usage:
     """
     size = files = 0
     try:
-        for info in _walk(os.open(root, _DIRECTORY), MAX_DEPTH):
+        for info in _walk(_opened(os.fspath(root)), MAX_DEPTH):
             files += 1
             if stat.S_ISREG(info.st_mode):
                 taken = info.st_blocks * 512
@@ -164,7 +164,7 @@ def _walk(fd: int, depth: int) -> cabc.Iterator[os.stat_result]:
         os.close(fd)
 
 
-def _opened(name: str, parent: int) -> int:
+def _opened(name: str, parent: int | None = None) -> int:
     try:
         return os.open(name, _DIRECTORY, dir_fd=parent)
     except NotADirectoryError:  # another one by now

@@ -97,8 +97,8 @@ class Executor:
             process = _start(launch)
         with _Command(process, launch.mark, request, str(self._workspace)) as command:
             why = command.watch(self._seconds, lambda: self._grown(used))
-        self._quota.measure()
-        return command.result(f"{why}. {full}" if why and full else why or full)
+        full = self._quota.complaint(self._quota.measure())
+        return command.result(why or full)
 
     def run_background(self, request: ShellRequest) -> BackgroundHandle:
         """Nothing outlives its command."""
