@@ -10,6 +10,7 @@ import pytest
 from agentao_web.config import Settings
 from agentao_web.config import from_environment
 from agentao_web.config import rules_per_tenant
+from agentao_web.config import shells
 from agentao_web.config import table
 from agentao_web.core.rules import Rules
 
@@ -114,3 +115,16 @@ def test_a_bad_file_of_tenants_is_refused_with_the_cure(
     with pytest.raises(RuntimeError, match=told) as refused:
         rules_per_tenant(Settings(tenants=file))
     assert "AGENTAO_TENANTS" in str(refused.value)
+
+
+def test_the_shells_are_those_anybody_may_get(tmp_path: Path) -> None:
+    assert shells(Settings()) == {"off"}
+    assert shells(Settings(shell="sandbox")) == {"sandbox"}
+    file = tmp_path / "tenants.toml"
+    file.write_text('[tenants.acme]\nshell = "sandbox"\n')
+    assert shells(Settings(tenants=file)) == {"off", "sandbox"}
+    file.write_text('[tenants.acme]\nshell = "sandbox"\n')
+    assert shells(Settings(shell="unconfined", tenants=file)) == {"unconfined", "sandbox"}
+    file.write_text('[default]\nshell = "unconfined"\n')
+    with pytest.raises(RuntimeError, match="AGENTAO_TENANTS.*AGENTAO_SHELL=unconfined"):
+        shells(Settings(shell="sandbox", tenants=file))

@@ -44,8 +44,8 @@ _SYSTEM: t.Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx3
 #: machine -> its audit number and the system calls a command does not get: those that set disk
 #: space aside behind the limits (fallocate; io_uring could do it too), and doors into the kernel.
 _DENIED: t.Final[dict[str, tuple[int, tuple[int, ...]]]] = {
-    "x86_64": (0xC000003E, (285, 425, 426, 427, 248, 249, 250, 298, 321, 323)),
-    "aarch64": (0xC00000B7, (47, 425, 426, 427, 217, 218, 219, 241, 280, 282)),
+    "x86_64": (0xC000003E, (285, 425, 426, 427, 103, 248, 249, 250, 298, 321, 323)),
+    "aarch64": (0xC00000B7, (47, 425, 426, 427, 116, 217, 218, 219, 241, 280, 282)),
 }
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _EOPNOTSUPP = 95

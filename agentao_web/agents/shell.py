@@ -72,12 +72,15 @@ class Launch(t.NamedTuple):
 class Executor:
     """agentao's ShellExecutor for one workspace, in the sandbox."""
 
-    #: Where the command sees the workspace.
-    shown = sandbox.INSIDE
+    #: What the model is told of it.
+    about = (
+        f"The workspace is {sandbox.INSIDE} there: give other tools relative paths. "
+        "There is no network, and nothing but the workspace is kept."
+    )
 
     def __init__(self, workspace: Path, *, seconds: float, quota: Quota) -> None:
         self._workspace = workspace
-        self._seconds = seconds
+        self.seconds = seconds
         self._quota = quota
 
     def run(self, request: ShellRequest) -> ShellResult:
@@ -96,7 +99,7 @@ class Executor:
         with self._launch("" if folder == "." else folder, request.command, room) as launch:
             process = _start(launch)
         with _Command(process, launch.mark, request, str(self._workspace)) as command:
-            why = command.watch(self._seconds, lambda: self._grown(used))
+            why = command.watch(self.seconds, lambda: self._grown(used))
         full = self._quota.complaint(self._quota.measure())
         return command.result(why or full)
 
@@ -127,7 +130,7 @@ class Unconfined(Executor):
     *alone* says whether the server has only the one tenant; otherwise nothing runs.
     """
 
-    shown = "."
+    about = "It starts in the workspace."
 
     def __init__(
         self,
@@ -225,7 +228,7 @@ class _Command:
         return why
 
     def _watch(self, ends: float, grown: cabc.Callable[[], str | None]) -> str | None:
-        measured = time.monotonic()
+        measure = time.monotonic() + MEASURE
         with selectors.DefaultSelector() as ready, _exit_of(self._process) as ended:
             for pipe in self._pipes:
                 os.set_blocking(pipe.fileno(), False)
@@ -251,10 +254,12 @@ class _Command:
                     if too_much := _too_much(self._process.pid):
                         return too_much
                     looked = time.monotonic()
-                if now - measured > MEASURE:
+                if now > measure:
                     if full := grown():
                         return f"stopped: {full}"
-                    measured = time.monotonic()
+                    # Where looking takes long it is done less often.
+                    then = time.monotonic()
+                    measure = then + max(MEASURE, 10 * (then - now))
 
     def _take(self, pipe: t.IO[bytes]) -> bool:
         """Read what is there; False at the end of it."""
@@ -468,15 +473,9 @@ class CommandTool(ShellTool):
 
     @property
     def description(self) -> str:
-        where = (
-            f"The workspace is {self._executor.shown} there: give other tools relative paths. "
-            "There is no network, and nothing but the workspace is kept."
-            if type(self._executor) is Executor
-            else "It starts in the workspace."
-        )
         return (
-            f"Run a shell command as `{self._invocation()}`. {where}\n"
-            f"It may take {self._executor._seconds:g} seconds, has no input, and all it started "
+            f"Run a shell command as `{self._invocation()}`. {self._executor.about}\n"
+            f"It may take {self._executor.seconds:g} seconds, has no input, and all it started "
             "ends with it. Use quiet flags where there are some. The result has the output and "
             "the errors, and the exit code if it is not zero."
         )

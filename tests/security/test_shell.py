@@ -274,6 +274,7 @@ def test_the_kernels_side_doors_are_shut(web: cabc.Callable[..., Web]) -> None:
     # A new namespace would be a new root, with all of its capabilities.
     assert "Exit code" in w.run("unshare --user true")
     assert "not supported" in w.run("fallocate -l 1M set-aside")
+    assert "not supported" in w.run("dmesg --syslog")
 
 
 # Who is asked
