@@ -11,6 +11,7 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import struct
 import subprocess
 import tempfile
@@ -38,6 +39,10 @@ _ENVIRON: t.Final = {
     "USER": "agent",
 }
 _PASSWD: t.Final = b"agent:x:1000:1000:agent:/tmp:/bin/sh\n"
+#: Says on its input, a socket, that all is in place, and goes on when it is answered. A server that
+#: is killed while a command starts never answers: the kernel would only see to what came later.
+_GATE: t.Final = 'echo ready >&0; read -r go || exit 1; exec "$@" </dev/null'
+GO: t.Final = b"go\n"
 _CHECK_SECONDS: t.Final = 15.0
 _SYSTEM: t.Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 
@@ -85,7 +90,8 @@ def limited(command: str, **limits: int) -> list[str]:
         argv.append(f"--{name}={value if hard == resource.RLIM_INFINITY else min(value, hard)}")
     shell = "/bin/bash" if os.access("/bin/bash", os.X_OK) else "/bin/sh"
     # "File too large" is an error of one write then, and not the end of the shell.
-    return [*argv, "--", "/usr/bin/env", "--ignore-signal=XFSZ", shell, "-c", command]
+    argv += ["--", "/usr/bin/env", "--ignore-signal=XFSZ", shell, "-c", command]
+    return ["/bin/sh", "-c", _GATE, "sh", *argv]
 
 
 def check(root: Path) -> None:
@@ -111,12 +117,15 @@ def _try_out(bwrap: str) -> None:
     with (
         tempfile.TemporaryDirectory(prefix="agentao-web-") as folder,
         launch(Path(folder), "", "echo works", file_size=4096) as tried,
+        contextlib.ExitStack() as stack,
     ):
+        ours, theirs = map(stack.enter_context, socket.socketpair())
+        ours.send(GO)
         try:
             done = subprocess.run(
                 tried.argv,
                 pass_fds=tried.fds,
-                stdin=subprocess.DEVNULL,
+                stdin=theirs.fileno(),
                 capture_output=True,
                 env={},
                 timeout=_CHECK_SECONDS,

@@ -97,8 +97,8 @@ class Executor:
         # In a full workspace files can be removed, but none grows.
         room = 0 if full else self._quota.max_bytes
         with self._launch("" if folder == "." else folder, request.command, room) as launch:
-            process = _start(launch)
-        with _Command(process, launch.mark, request, str(self._workspace)) as command:
+            process, gate = _start(launch)
+        with _Command(process, gate, launch.mark, request, str(self._workspace)) as command:
             why = command.watch(self.seconds, lambda: self._grown(used))
         full = self._quota.complaint(self._quota.measure())
         return command.result(why or full)
@@ -161,11 +161,13 @@ class Unconfined(Executor):
         yield Launch(argv, (), environ, os.path.join(self._workspace, folder), mark)
 
 
-def _start(launch: Launch) -> subprocess.Popen[bytes]:
+def _start(launch: Launch) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """The process, and the socket at which it waits to be let go."""
+    gate, theirs = socket.socketpair()
     try:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             launch.argv,
-            stdin=subprocess.DEVNULL,
+            stdin=theirs.fileno(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=launch.folder,
@@ -173,18 +175,28 @@ def _start(launch: Launch) -> subprocess.Popen[bytes]:
             pass_fds=launch.fds,
             start_new_session=True,
         )
+        return process, gate
     except OSError as exc:
+        gate.close()
         # Its own words have the path in them.
         raise RuntimeError(exc.strerror or "it cannot be started") from None
+    finally:
+        theirs.close()
 
 
 class _Command:
     """A process that was started: read, watched, and dead when the block is left."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], mark: str, request: ShellRequest, path: str
+        self,
+        process: subprocess.Popen[bytes],
+        gate: socket.socket,
+        mark: str,
+        request: ShellRequest,
+        path: str,
     ) -> None:
         self._process = process
+        self._gate = gate
         self._mark = mark
         self._token = request.cancellation_token
         self._shown = _Shown(request.on_chunk, path)
@@ -194,7 +206,7 @@ class _Command:
         self._pipes = {process.stdout: _Kept(), process.stderr: _Kept()}
         self._cancelled = False
         self._wake, self._waker = socket.socketpair()
-        for end in (self._wake, self._waker):
+        for end in (self._gate, self._wake, self._waker):
             end.setblocking(False)
 
     def __enter__(self) -> t.Self:
@@ -205,7 +217,7 @@ class _Command:
         self._shown.end()
         for pipe in self._pipes:
             pipe.close()
-        for end in (self._wake, self._waker):
+        for end in (self._gate, self._wake, self._waker):
             end.close()
 
     def watch(self, seconds: float, grown: cabc.Callable[[], str | None]) -> str | None:
@@ -233,7 +245,7 @@ class _Command:
             for pipe in self._pipes:
                 os.set_blocking(pipe.fileno(), False)
                 ready.register(pipe, selectors.EVENT_READ)
-            for other in (self._wake, ended):
+            for other in (self._gate, self._wake, ended):
                 ready.register(other, selectors.EVENT_READ)
             looked = 0.0
             while True:
@@ -242,6 +254,9 @@ class _Command:
                     return None
                 if self._token is not None and self._token.is_cancelled:
                     return ""
+                if self._gate in found:
+                    self._let_go()
+                    ready.unregister(self._gate)
                 for pipe in self._pipes:
                     if pipe in found and not self._take(pipe):
                         ready.unregister(pipe)
@@ -260,6 +275,11 @@ class _Command:
                     # Where looking takes long it is done less often.
                     then = time.monotonic()
                     measure = then + max(MEASURE, 10 * (then - now))
+
+    def _let_go(self) -> None:
+        """It is in place, so it ends with us from now on."""
+        with contextlib.suppress(OSError):
+            self._gate.send(sandbox.GO)
 
     def _take(self, pipe: t.IO[bytes]) -> bool:
         """Read what is there; False at the end of it."""

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 import typing as t
 from pathlib import Path
@@ -135,6 +136,18 @@ def running(mark: str) -> list[int]:
                 if mark.encode() in (entry / "cmdline").read_bytes():
                     found.append(int(entry.name))
     return found
+
+
+def sleeping(mark: str) -> list[int]:
+    """The sleeps themselves, and nobody who only speaks of one."""
+    return [pid for pid in running(mark) if argv0(pid) == "sleep"]
+
+
+def argv0(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]
+    except OSError:
+        return ""
 
 
 def a_long_sleep() -> tuple[str, str]:
@@ -390,7 +403,7 @@ def test_the_end_of_a_turn_is_the_end_of_its_command(
     w = web(shell=shell, turn_timeout=3 if how == "deadline" else 600)
     sleep, mark = a_long_sleep()
     w.start(f"echo started; setsid {sleep} & {sleep}")
-    eventually(lambda: len(running(mark)) >= 3, "it did not start")
+    eventually(lambda: len(sleeping(mark)) == 2, "it did not start")
     if how == "cancel":
         w.cancel()
     elif how == "shutdown":
@@ -455,6 +468,24 @@ def test_no_orphan_of_a_server_that_goes(
             server.signal(number, pid)
         # Outside of the sandbox kill -9 ends the shell itself, which here has become the sleep.
         eventually(lambda: not running(mark), "it outlived its server")
+
+
+def test_a_command_whose_server_was_killed_as_it_started_does_not_run(tmp_path: Path) -> None:
+    """The kernel ends what has a dead parent only if it died after it was asked to."""
+    ours, theirs = socket.socketpair()
+    with (
+        ours,
+        sandbox.launch(tmp_path, "", "touch made", file_size=2**20) as launch,
+        subprocess.Popen(
+            launch.argv, stdin=theirs.fileno(), pass_fds=launch.fds, env={}
+        ) as process,
+    ):
+        theirs.close()
+        ours.settimeout(PATIENCE)
+        assert ours.recv(100) == b"ready\n"
+        ours.close()
+        assert process.wait(PATIENCE) == 1
+    assert not (tmp_path / "made").exists()
 
 
 # Where it does not start
