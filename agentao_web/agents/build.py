@@ -35,11 +35,11 @@ from agentao.tools.base import Tool
 
 from .files import MAX_FILE
 from .files import ConfinedFS
+from .memory import Recall
+from .memory import SaveTool
 from .quota import Quota
 from .shell import CommandTool
 from .shell import Executor
-from .memory import Recall
-from .memory import SaveTool
 from .skills import AllowedSkills
 from .skills import Skill
 from .skills import WithSkills

@@ -30,11 +30,11 @@ from agentao_web.agents.llm import ModelPool
 from agentao_web.agents.mcp import Server
 from agentao_web.agents.mcp import read_servers
 from agentao_web.agents.memory import open_memory
-from agentao_web.agents.skills import Skill
-from agentao_web.agents.skills import read_skills
 from agentao_web.agents.quota import Quota
 from agentao_web.agents.shell import Executor
 from agentao_web.agents.shell import Unconfined
+from agentao_web.agents.skills import Skill
+from agentao_web.agents.skills import read_skills
 from agentao_web.agents.tools import Context
 from agentao_web.agents.tools import HostTool
 from agentao_web.agents.tools import HostTools
@@ -88,6 +88,7 @@ class Options(t.Protocol):
     def max_tool_calls(self) -> int: ...
     @property
     def max_turn_tokens(self) -> int | None: ...
+    @property
     def shell(self) -> str: ...
     @property
     def shell_timeout(self) -> float: ...
