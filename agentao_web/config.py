@@ -73,6 +73,11 @@ class Settings:
     worker_lease: float = _setting(
         10.0, "Seconds after a worker's last sign of life until its turns are lost.", least=1.5
     )
+    thread_reserve: int = _setting(
+        8,
+        "Threads of a worker kept free of streams and waiting requests, at most a quarter.",
+        least=1,
+    )
     heartbeat: float = _setting(
         15.0, "Silence after which a stream gets a comment, in seconds.", above=0
     )

@@ -27,6 +27,7 @@ from agentao_web.core.names import Principal
 from agentao_web.core.rules import Rules
 from agentao_web.readers import Watcher
 from agentao_web.sessions import SessionPool
+from agentao_web.slots import StreamSlots
 from agentao_web.store import Store
 from agentao_web.store.allowance import Allowance
 from agentao_web.store.memory import MemoryStore
@@ -193,6 +194,18 @@ def pool_of(app: Flask) -> SessionPool:
 def apps() -> list[Flask]:
     """Every application of this process that has an agentao-web."""
     return list(_apps)
+
+
+def reserve_threads(threads: int) -> None:
+    """The server of this process has so many *threads*: keep some of them free of streams."""
+    if not (found := apps()):
+        return
+    parts: list[views.Parts] = [app.extensions[_KEY] for app in found]
+    # Together: it is the same threads.
+    slots = StreamSlots()
+    slots.of_threads(threads, max(one.settings.thread_reserve for one in parts))
+    for one in parts:
+        one.slots = slots
 
 
 def warm(app: Flask) -> None:

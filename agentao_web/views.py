@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc as cabc
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -27,6 +28,7 @@ from agentao_web.core.errors import Forbidden
 from agentao_web.core.errors import InternalError
 from agentao_web.core.errors import InvalidRequest
 from agentao_web.core.errors import MethodNotAllowed
+from agentao_web.core.errors import NoStreamSlot
 from agentao_web.core.errors import NotAcceptable
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import PayloadTooLarge
@@ -48,6 +50,8 @@ from agentao_web.readers import poll
 from agentao_web.readers import stream
 from agentao_web.sessions import SessionPool
 from agentao_web.sessions import Started
+from agentao_web.slots import Slot
+from agentao_web.slots import StreamSlots
 from agentao_web.store import ActiveTurn
 from agentao_web.store import SessionRow
 from agentao_web.wire import native
@@ -77,6 +81,7 @@ class Parts:
     authenticate: Authenticate
     pool: SessionPool
     watcher: Watcher
+    slots: StreamSlots = dataclasses.field(default_factory=StreamSlots)
     own_login: bool = False
     """Requests are identified by the host, not by tokens of ours."""
     warm: cabc.Callable[[], None] = lambda: None
@@ -161,14 +166,19 @@ def start_turn(parts: Parts, key: SessionKey) -> Response:
     asked = requests.turn_request(
         _body(), parts.settings, streams=streams, key=request.headers.get("Idempotency-Key")
     )
-    started = parts.pool.start(key, asked)
-    reader = _reader(parts, started.live, started.cursor, of=started)
-    if streams:
-        return _stream(reader)
     wait = requests.preferred_wait(", ".join(request.headers.getlist("Prefer")))
-    final = None
-    if wait or started.status not in ("queued", "running"):
-        final = ending(reader, wait=wait or 0)
+    # Asked for before anything starts.
+    slot = _slot(parts, key) if streams else parts.slots.take() if wait else None
+    if wait and slot is None:
+        wait = None
+    with _freed(slot, after=streams):
+        started = parts.pool.start(key, asked)
+        reader = _reader(parts, started.live, started.cursor, of=started)
+        if streams:
+            return _stream(reader, slot)
+        final = None
+        if wait or started.status not in ("queued", "running"):
+            final = ending(reader, wait=wait or 0)
     response = jsonify(_result(key, started, final)) if final else _accepted(key, started)
     if wait is not None:
         response.headers["Preference-Applied"] = f"wait={wait}"
@@ -224,7 +234,10 @@ def events(parts: Parts, key: SessionKey) -> Response:
     live = parts.pool.find(key)
     reader = _reader(parts, live, after)
     seconds = _WAIT if wait is None else wait
-    found = poll(reader, wait=seconds, limit=limit or _LIMIT, max_bytes=_MAX_BYTES)
+    found = poll(reader, wait=0, limit=limit or _LIMIT, max_bytes=_MAX_BYTES)
+    if seconds and not (found or reader.over):
+        with _freed(_slot(parts, key, reader.cursor)):
+            found = poll(reader, wait=seconds, limit=limit or _LIMIT, max_bytes=_MAX_BYTES)
     state = live.state()
     if state == "idle" and not reader.caught_up:
         state = "running"
@@ -238,7 +251,9 @@ def _follow(parts: Parts, key: SessionKey, after: int | None, *, follow: bool) -
     reader = _reader(parts, live, after)
     if reader.caught_up and not follow:
         return _nothing(204)
-    return _stream(reader, follow=follow)
+    slot = _slot(parts, key, reader.cursor)
+    with _freed(slot, after=True):
+        return _stream(reader, slot, follow=follow)
 
 
 # -- sessions ----------------------------------------------------------------------------------
@@ -432,7 +447,28 @@ def _socket() -> socket.socket | None:
     return None
 
 
-def _stream(reader: Reader, *, follow: bool = False) -> Response:
+def _slot(parts: Parts, key: SessionKey, after: int | None = None) -> Slot:
+    """A place to wait in; NoStreamSlot, with where to ask without waiting, if there is none."""
+    slot = parts.slots.take()
+    if slot is None:
+        raise NoStreamSlot(poll_url=url_for(".events", sid=key.id, after=after, wait=0))
+    return slot
+
+
+@contextlib.contextmanager
+def _freed(slot: Slot | None, *, after: bool = False) -> cabc.Iterator[None]:
+    """Free *slot* at the end; *after* a success somebody else does."""
+    try:
+        yield
+    except BaseException:
+        after = False
+        raise
+    finally:
+        if slot is not None and not after:
+            slot.free()
+
+
+def _stream(reader: Reader, slot: Slot | None, *, follow: bool = False) -> Response:
     parts: Parts = current_app.extensions["agentao_web"]
     body = stream(
         reader,
@@ -441,7 +477,11 @@ def _stream(reader: Reader, *, follow: bool = False) -> Response:
         lease=parts.settings.stream_lease,
         follow=follow,
     )
-    return Response(body, content_type=native.CONTENT_TYPE, headers=native.HEADERS)
+    response = Response(body, content_type=native.CONTENT_TYPE, headers=native.HEADERS)
+    if slot is not None:
+        # Not in the generator: one that was never begun is never ended.
+        response.call_on_close(slot.free)
+    return response
 
 
 def _accepted(key: SessionKey, started: Started) -> Response:

@@ -53,6 +53,7 @@ def post_worker_init(worker: t.Any) -> None:
 
     signal.signal(signal.SIGTERM, on_term)
     signal.siginterrupt(signal.SIGTERM, False)
+    extension.reserve_threads(worker.cfg.threads)
     for app in extension.apps():
         extension.pool_of(app).exhausted = _replace_me
         _compare(worker, app.config)

@@ -26,7 +26,8 @@ DOORS: dict[str, set[str]] = {
     "peers": {"core", "live", "questions", "runner", "store"},
     "sessions": {"core", "live", "peers", "questions", "runner", "store"},
     "agents": {"core", "demo"},
-    "views": {"auth", "config", "core", "live", "readers", "sessions", "store", "wire"},
+    "slots": set(),
+    "views": {"auth", "config", "core", "live", "readers", "sessions", "slots", "store", "wire"},
     "extension": {
         "agents",
         "auth",
@@ -34,6 +35,7 @@ DOORS: dict[str, set[str]] = {
         "core",
         "readers",
         "sessions",
+        "slots",
         "store",
         "views",
     },

@@ -158,6 +158,14 @@ class InternalError(WebError):
     code = "internal_error"
 
 
+class NoStreamSlot(WebError):
+    """Every place for streams and waiting requests is taken; poll instead, or try again."""
+
+    status = 503
+    code = "no_stream_slot"
+    retry_after = 2
+
+
 class Draining(WebError):
     """This worker is shutting down; try again."""
 

@@ -334,3 +334,33 @@ def test_a_client_written_for_the_template_works(tmp_path: Path, model: ModelSer
 
 def test_the_project_has_both_entry_points() -> None:
     assert (PROJECT / "wsgi_app.py").is_file() and (PROJECT / "gunicorn.conf.py").is_file()
+
+
+# -- never deaf --------------------------------------------------------------------------------
+
+
+def test_with_every_place_taken_the_rest_still_answers(tmp_path: Path, model: ModelServer) -> None:
+    """Four threads: three may stream, one is for everybody else."""
+    with (
+        Server(tmp_path, "--threads", "4", **model_env(model)) as server,
+        server.stream("a", "hang") as a,
+        server.stream("b", "hang"),
+        server.stream("c", "hang"),
+    ):
+        refused = server.client.post("/chat/d", json={"message": "say hi"})
+        assert (refused.status_code, refused.json()["code"]) == (503, "no_stream_slot")
+        started = server.post("d", "say hi")
+        assert started.status_code == 202
+        polled = refused.json()["details"]["poll_url"]
+        eventually(
+            lambda: server.client.get(polled).json()["events"][-1:][0]["type"] == "done",
+            "the turn does not end",
+        )
+        assert server.client.get("/healthz").status_code == 200
+        assert server.client.post("/chat/a/cancel").json()["cancelled"] == 1
+        assert a.until("done")["data"]["reason"] == "cancelled_by_user"
+        eventually(
+            lambda: server.client.post("/chat/e", json={"message": "say hi"}).status_code == 200,
+            "the place of a stream that ended is not free again",
+        )
+        model.release()
