@@ -45,7 +45,13 @@ _POSTGRES_TIMEOUTS: t.Final = (
     f"SET lock_timeout = '{_BUSY:.0f}s'; SET statement_timeout = '30s';"
     " SET idle_in_transaction_session_timeout = '60s'"
 )
-_POOL: t.Final[dict[str, t.Any]] = {"pool_size": 8, "max_overflow": 8, "pool_timeout": _BUSY}
+_POOL: t.Final[dict[str, t.Any]] = {
+    "pool_size": 8,
+    "max_overflow": 8,
+    "pool_timeout": _BUSY,
+    # The one used last has pages and statements at hand.
+    "pool_use_lifo": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,8 +259,9 @@ def _sqlite(url: sa.URL) -> sa.Engine:
     @sa.event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
         pragma, statement = _SQLITE_BEGIN[connection.get_execution_options()["agentao"]]
-        if pragma is not None:
+        if pragma is not None and connection.info.get("agentao") != pragma:
             connection.exec_driver_sql(pragma)
+            connection.info["agentao"] = pragma
         connection.exec_driver_sql(statement)
 
     @sa.event.listens_for(engine, "handle_error")
