@@ -359,6 +359,9 @@ class MemoryStore:
         with self._lock:
             return {key: self._records[key].row for key in keys if key in self._records}
 
+    def stamp(self) -> int | None:
+        return None
+
     def events(self, key: SessionKey, after: int | None, *, limit: int, max_bytes: int) -> Slice:
         with self._lock:
             return self._known(key).log.after(after, limit=limit, max_bytes=max_bytes)

@@ -73,8 +73,8 @@ _Row = steps.Row
 
 #: How often a transaction that lost a race for a unique row is tried.
 _TRIES: t.Final = 3
-#: Sessions asked for in one statement: SQLite takes 32,766 parameters.
-_KEYS: t.Final = 10_000
+#: Sessions asked for in one statement: others want to run in between.
+_KEYS: t.Final = 250
 
 _MINE = signals.c.worker == sa.bindparam("worker")
 _ANY_SIGNAL = sa.select(signals.c.id).where(_MINE).limit(1)
@@ -323,6 +323,9 @@ class SqlStore:
                     steps.session_row(row) for row in db.execute(sa.select(sessions).where(some))
                 ]
         return {row.key: row for row in rows}
+
+    def stamp(self) -> int | None:
+        return self._db.stamp()
 
     def events(self, key: SessionKey, after: int | None, *, limit: int, max_bytes: int) -> Slice:
         with self._db.read() as db:

@@ -154,6 +154,30 @@ def test_numbers_only_go_up_when_the_clock_jumps_back(url: str, open_store: Open
     assert first_seq(run(store, "t3").generation) < 2**53, "nor is a mad one believed for ever"
 
 
+def test_the_stamp_tells_whether_anybody_wrote(
+    folder: Path, tmp_path: Path, open_store: Open
+) -> None:
+    url = f"sqlite:///{folder}/store.db"
+    one, other = open_store(url), open_store(url)
+    seen = {one.stamp()}
+    for write in (lambda: run(other, "t1"), lambda: run(one, "t2"), lambda: other.beat("w")):
+        write()
+        stamp = one.stamp()
+        assert stamp not in seen
+        seen.add(stamp)
+        log(one), one.heads([KEY]), one.signals("w")
+        assert one.stamp() == stamp, "reading is not writing"
+    one.backup(tmp_path / "copy.db")
+    (tmp_path / "copy.db").rename(folder / "store.db")
+    assert one.stamp() not in seen, "another file"
+    one.close()
+    assert one.stamp() not in seen
+
+
+def test_postgresql_has_no_stamp(postgres_url: str, open_store: Open) -> None:
+    assert open_store(postgres_url).stamp() is None
+
+
 def test_a_closed_store_opens_again(url: str, open_store: Open) -> None:
     store = open_store(url)
     run(store, "t1")
