@@ -155,6 +155,8 @@ class Live:
         with self._cond:
             if self.owned:
                 return
+            if (self.elsewhere, self._remote_head) == (row.turn_id, row.head):
+                return  # Nobody is woken for nothing: there may be a thousand of them.
             self.elsewhere = row.turn_id
             self._remote_head = row.head
             self._cond.notify_all()

@@ -7,6 +7,7 @@ to a session's log.
 from __future__ import annotations
 
 import collections.abc as cabc
+import contextlib
 import functools
 import logging
 import threading
@@ -16,6 +17,7 @@ from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.names import SessionKey
 from agentao_web.live import Live
+from agentao_web.live import LiveTurn
 from agentao_web.questions import ANSWERED
 from agentao_web.runner import Books
 from agentao_web.runner import Runner
@@ -73,6 +75,10 @@ class Peers:
         self._beaten = 0.0
         self._looked = 0.0
         self._pruned = float("-inf")
+        self._aside_now: set[str] = set()
+        """What the janitor has threads at work for, at most one for each kind of work."""
+        self._seen: tuple[int, dict[SessionKey, Live], set[LiveTurn]] | None = None
+        """The store's stamp when all of these were last asked for."""
         self._closed = threading.Event()
         self._nudge = threading.Event()
         self._thread: threading.Thread | None = None
@@ -113,23 +119,23 @@ class Peers:
         if now - self._looked >= self._interval / 2:
             self._looked = now
             self._runner.close_ours()
-            for orphan in self._store.orphans(self._lease):
-                self._aside(functools.partial(self._reap, orphan))
-            for key in self._store.doomed():
-                self._aside(functools.partial(self._house.remove, key))
+            if orphans := self._store.orphans(self._lease):
+                self._aside("reap", functools.partial(self._reap, orphans))
+            if doomed := self._store.doomed():
+                self._aside("remove", functools.partial(self._remove, doomed))
         if self._ttl is not None and now - self._pruned >= _PRUNE:
             self._pruned = now
-            self._aside(functools.partial(self._prune, now - self._ttl))
+            self._aside("prune", functools.partial(self._prune, now - self._ttl))
 
     def _prune(self, before: float) -> None:
-        try:
-            while not self._closed.is_set() and (keys := self._store.prune(before)):
-                for key in keys:
-                    if self._closed.is_set():
-                        return
-                    self._house.remove(key)
-        except StoreUnavailable:
-            pass  # Those with a tombstone are doomed, the others are found again.
+        while not self._closed.is_set() and (keys := self._store.prune(before)):
+            self._remove(keys)
+
+    def _remove(self, keys: cabc.Iterable[SessionKey]) -> None:
+        for key in keys:
+            if self._closed.is_set():
+                return
+            self._house.remove(key)
 
     def overslept(self) -> bool:
         """Whether our last sign of life is so long ago that our claims are not ours any more."""
@@ -147,20 +153,41 @@ class Peers:
             for turn, live in self._books.running():
                 self._runner.stop(live, turn, "store_unavailable")
 
-    def _reap(self, orphan: Orphan) -> None:
-        try:
-            self._runner.reap(orphan)
-        except (ClaimLost, StoreUnavailable):
-            pass  # Somebody else has it, or the next look will.
+    def _reap(self, orphans: cabc.Iterable[Orphan]) -> None:
+        for orphan in orphans:
+            if self._closed.is_set():
+                return
+            with contextlib.suppress(ClaimLost):  # Somebody else has it.
+                self._runner.reap(orphan)
 
-    def _aside(self, work: cabc.Callable[[], None]) -> None:
-        threading.Thread(target=work, name="agentao-aside", daemon=True).start()
+    def _aside(self, kind: str, work: cabc.Callable[[], None]) -> None:
+        """Do *work* on a thread of its own, unless the last one of that *kind* is still at it."""
+        if kind in self._aside_now:
+            return
+
+        def run() -> None:
+            try:
+                work()
+            except StoreUnavailable:
+                pass  # What is left to do is found again by the next look.
+            except Exception:
+                self._log.exception("stumbled while cleaning up")
+            finally:
+                self._aside_now.discard(kind)
+
+        thread = threading.Thread(target=run, name="agentao-aside", daemon=True)
+        self._aside_now.add(kind)
+        try:
+            thread.start()
+        except RuntimeError:
+            self._aside_now.discard(kind)
 
     # -- what they wrote -----------------------------------------------------------------------
 
     def _watch(self) -> None:
         while not self._closed.is_set():
             if not self._anyone_waits():
+                self._seen = None
                 self._nudge.wait(_SLOW_TAIL)
                 self._nudge.clear()
                 continue
@@ -170,7 +197,8 @@ class Peers:
                 pass  # The store has said so in the log, and is asked again below.
             except Exception:
                 self._log.exception("the tailer stumbled")
-            self._closed.wait(_TAIL)
+            # Whose turn waits has to see two things happen: the other's end, and then its own.
+            self._closed.wait(_TAIL / 2 if self._books.parked else _TAIL)
 
     def _anyone_waits(self) -> bool:
         return bool(self._books.turns) or any(map(_matters, self._house.sessions()))
@@ -180,6 +208,10 @@ class Peers:
         parked = dict(self._books.parked)
         watched = {live.key: live for live in self._house.sessions() if _matters(live)}
         watched |= {live.key: live for live in parked.values()}
+        stamp = self._store.stamp()
+        if stamp is not None and self._seen == (stamp, watched, set(parked)):
+            return
+        self._seen = None
         rows = self._store.heads(watched.keys()) if watched else {}
         for key, live in watched.items():
             row = rows.get(key)
@@ -196,6 +228,8 @@ class Peers:
             row = rows.get(live.key)
             if row is not None and row.turn_id is None and self._books.unpark(turn):
                 self._runner.start(live, turn)
+        if stamp is not None:
+            self._seen = stamp, watched, set(parked)
 
     def _obey(self, signal: Signal) -> None:
         found = self._books.find(signal.turn_id)

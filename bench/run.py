@@ -25,7 +25,7 @@ from bench.rows import Bench
 from bench.rows import Row
 
 #: What a measured process may know of this shell's environment.
-_PASSED = ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "TMPDIR")
+PASSED = ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "TMPDIR")
 
 
 def main() -> int:
@@ -58,7 +58,7 @@ def _raise_file_limit() -> None:
 
 
 def _measure(folder: Path, names: cabc.Sequence[str], quick: bool) -> list[Row]:
-    env = {name: os.environ[name] for name in _PASSED if name in os.environ}
+    env = {name: os.environ[name] for name in PASSED if name in os.environ}
     env |= {"HOME": str(folder), "BENCH_ROOT": str(folder)}
     rows: list[Row] = []
     with Child("bench.model", env, folder / "model.log") as model:

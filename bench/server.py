@@ -32,7 +32,8 @@ class Server:
         *flags: str,
         **settings: str | int,
     ) -> None:
-        key = secrets.token_urlsafe(32)
+        # Two that are given the same root and keys are two workers of one deployment.
+        key = str(settings.get("secret_keys") or secrets.token_urlsafe(32))
         number = next(_numbers)
         self._log = folder / f"gunicorn-{number}.log"
         ours = {f"AGENTAO_{k.upper()}": str(v) for k, v in settings.items()}

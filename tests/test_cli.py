@@ -355,6 +355,26 @@ def test_a_backup_replaces_nothing(server: Server, cli: Run, tmp_path: Path) -> 
     refused(cli("db", "backup", str(file / "below.db")), "cannot be written")
 
 
+def test_the_same_on_postgresql(
+    serve: cabc.Callable[..., Server], gate: Gate, tmp_path: Path, postgres_url: str
+) -> None:
+    server = serve(AGENTAO_DATABASE_URL=postgres_url, AGENTAO_WORKSPACE="session")
+    for sid in ("old", "older"):
+        server.ask(sid)
+    server.ask("busy", "wait", wait=0)
+    gate.reached()
+    for run in (server.main, server.flask):
+        assert ok(run("db", "check")) == "postgresql, schema 2: ok\n"
+        assert ok(run("db", "prune", "--days", "1")) == "sessions removed: 0\n"
+        refused(run("db", "backup", str(tmp_path / "copy.db")), "pg_dump")
+        assert not (tmp_path / "copy.db").exists()
+    mine = folder_of(server, "old")
+    assert ok(server.main("db", "prune", "--days", "0")) == "sessions removed: 2\n"
+    assert not mine.exists()
+    assert [server.get(sid) for sid in ("old", "older", "busy")] == [404, 404, 200]
+    gate.open()
+
+
 def test_without_a_database_nothing_is_made(server: Server) -> None:
     """A revocation in the wrong folder would be one that nobody looks at."""
     for words in (

@@ -17,6 +17,7 @@ from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.errors import TooManySessions
 from agentao_web.core.errors import TooManyTurns
 from agentao_web.core.log import Draft
+from agentao_web.core.names import SessionKey
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
 from agentao_web.core.turn import TurnRequest
@@ -768,3 +769,32 @@ def test_using_a_pool_before_the_fork_is_refused(probe: Make, monkeypatch: t.Any
     monkeypatch.setattr("os.getpid", lambda: -1)
     with pytest.raises(RuntimeError, match="before the fork"):
         p.start()
+
+
+def test_what_is_doomed_is_removed_by_one_thread_however_often_it_is_seen() -> None:
+    probe = Probe()
+    keys = [probe.key(f"s{n}") for n in range(3)]
+    gate, at_it = threading.Event(), threading.Event()
+
+    def forget(key: SessionKey) -> None:
+        at_it.set()
+        assert gate.wait(PATIENCE), "the test never opened the gate"
+
+    try:
+        for key in keys:
+            probe.run(sid=key.id)
+        probe.agents.forget = forget  # type: ignore[method-assign]
+        for key in keys:
+            probe.store.tombstone(key)
+        now = probe.pool.clock()
+        for n in range(1, 6):
+            probe.pool.tick(now + 100 * n)
+        assert at_it.wait(PATIENCE)
+        asides = [t for t in threading.enumerate() if t.name == "agentao-aside"]
+        assert len(asides) == 1
+        gate.set()
+        asides[0].join(PATIENCE)
+        assert not any(probe.store.session(key) for key in keys), "all by the one"
+    finally:
+        gate.set()
+        probe.pool.close()

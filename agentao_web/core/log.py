@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import dataclasses
+import itertools
 import typing as t
 from bisect import bisect_right
 
@@ -153,12 +154,8 @@ class EventLog:
             events.append(lost)
             cursor = self.base
         start = bisect_right(self._events, cursor, key=_seq)
-        size = 0
-        for event in self._events[start : start + limit - len(events)]:
-            events.append(event)
-            size += event.weight() - _EVENT_OVERHEAD + 120
-            if size >= max_bytes:
-                break
+        rest = limit - len(events)
+        events += beginning(self._events[start : start + rest], limit=rest, max_bytes=max_bytes)
         return Slice(events, _seq(events[-1]) if events else cursor)
 
     def since(self, cursor: int) -> list[Event]:
@@ -168,6 +165,18 @@ class EventLog:
 
 def _seq(event: Event) -> int:
     return t.cast(int, event.seq)
+
+
+def beginning(events: cabc.Iterable[Event], *, limit: int, max_bytes: int) -> list[Event]:
+    """The first *limit* of *events*, or about *max_bytes*, but the first one in any case."""
+    out: list[Event] = []
+    size = 0
+    for event in itertools.islice(events, limit):
+        out.append(event)
+        size += event.weight() - _EVENT_OVERHEAD + 120
+        if size >= max_bytes:
+            break
+    return out
 
 
 def is_ahead(cursor: int, head: int) -> bool:

@@ -267,6 +267,9 @@ class Store(t.Protocol):
     def heads(self, keys: cabc.Collection[SessionKey]) -> dict[SessionKey, SessionRow]:
         """The rows of those of *keys* that exist, in one question."""
 
+    def stamp(self) -> int | None:
+        """The same number as the last time only if nothing was written since; None: ask it all."""
+
     def events(self, key: SessionKey, after: int | None, *, limit: int, max_bytes: int) -> Slice:
         """A part of the log, as EventLog.after gives it; NotFound for an unknown session."""
 

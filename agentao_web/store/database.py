@@ -45,7 +45,13 @@ _POSTGRES_TIMEOUTS: t.Final = (
     f"SET lock_timeout = '{_BUSY:.0f}s'; SET statement_timeout = '30s';"
     " SET idle_in_transaction_session_timeout = '60s'"
 )
-_POOL: t.Final[dict[str, t.Any]] = {"pool_size": 8, "max_overflow": 8, "pool_timeout": _BUSY}
+_POOL: t.Final[dict[str, t.Any]] = {
+    "pool_size": 8,
+    "max_overflow": 8,
+    "pool_timeout": _BUSY,
+    # The one used last has pages and statements at hand.
+    "pool_use_lifo": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Database:
         self._opened: _Opened | None = None
         self._seen = False
         self._inherited: list[object] = []
+        self._asker: tuple[_Opened, sqlite3.Connection] | None = None
+        self._askers = 0
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
 
     def read(self) -> contextlib.AbstractContextManager[sa.Connection]:
@@ -108,6 +116,23 @@ class Database:
         with self.read() as connection, contextlib.closing(sqlite3.connect(file)) as copy:
             driver = t.cast(sqlite3.Connection, connection.connection.driver_connection)
             driver.backup(copy)
+
+    def stamp(self) -> int | None:
+        """Another number whenever anybody has committed since, with SQLite; None otherwise."""
+        if not self.is_sqlite:
+            return None
+        try:
+            opened = self._open()
+            with self._lock:
+                if self._asker is None or self._asker[0] is not opened:
+                    # Of its own: the pragma does not see what its own connection wrote.
+                    self._asker = opened, _detached(opened.engine)
+                    self._askers += 1
+                found = self._asker[1].execute("PRAGMA data_version").fetchone()
+            return t.cast(int, (self._askers << 32) + found[0])
+        except (sqlite3.Error, exc.DBAPIError, exc.TimeoutError, OSError) as error:
+            _LOG.error("the store is unavailable: %s", type(error).__name__)
+            raise StoreUnavailable from None
 
     def close(self) -> None:
         """Close every connection; the next use opens anew."""
@@ -153,11 +178,14 @@ class Database:
 
     def _retire(self) -> None:
         opened, self._opened = self._opened, None
+        asker, self._asker = self._asker, None
         if opened is None:
             return
         if opened.pid != os.getpid():
             # The parent's connections: closing them here would disturb it, so they are kept.
-            self._inherited.append(opened.engine.pool)
+            self._inherited += [opened.engine.pool, asker]
+        elif asker is not None:
+            asker[1].close()
         opened.engine.dispose(close=opened.pid == os.getpid())
 
     def _options(self, kind: str) -> dict[str, t.Any]:
@@ -253,8 +281,9 @@ def _sqlite(url: sa.URL) -> sa.Engine:
     @sa.event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
         pragma, statement = _SQLITE_BEGIN[connection.get_execution_options()["agentao"]]
-        if pragma is not None:
+        if pragma is not None and connection.info.get("agentao") != pragma:
             connection.exec_driver_sql(pragma)
+            connection.info["agentao"] = pragma
         connection.exec_driver_sql(statement)
 
     @sa.event.listens_for(engine, "handle_error")
@@ -288,6 +317,14 @@ def _postgres(url: sa.URL) -> sa.Engine:
             connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
 
     return engine
+
+
+def _detached(engine: sa.Engine) -> sqlite3.Connection:
+    """A connection that whoever asked has to close."""
+    taken = engine.raw_connection()
+    connection = t.cast(sqlite3.Connection, taken.driver_connection)
+    taken.detach()
+    return connection
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:

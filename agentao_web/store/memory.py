@@ -23,6 +23,8 @@ from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import TooManySessions
 from agentao_web.core.errors import TooManyTurns
 from agentao_web.core.history import History
+from agentao_web.core.log import GENERATION_BITS
+from agentao_web.core.log import MAX_SEQ
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.log import EventLog
@@ -48,6 +50,8 @@ from agentao_web.store import TurnRow
 _TITLE_LENGTH = 80
 #: Start of the clock that seeds the generations (2026-01-01), and claims a second it allows for.
 _EPOCH, _PER_SECOND = 1_767_225_600, 16
+#: The clock seeds no higher than this (in 2041), and leaves room for a thousand million claims.
+_LAST_SEED: t.Final = (MAX_SEQ >> GENERATION_BITS) - 2**30
 #: How long an Idempotency-Key is kept.
 KEY_SECONDS: t.Final = 24 * 3600.0
 #: Sessions pruned at a time: others want to write meanwhile.
@@ -59,11 +63,13 @@ TURN_ENDED: t.Final[dict[str, t.Any]] = {"outcome": "cancelled", "by": "turn_end
 
 
 def generation_seed(now: float) -> int:
-    """A first generation no earlier process has used, up to 16 claims a second on average.
+    """A generation nobody has used before *now*, up to 16 claims a second on average.
 
-    This store forgets its counter when it dies, and a number must not be used twice (promise 1).
+    The memory store forgets its counter when it dies, a database may be an older copy of itself,
+    and a number must not be used twice (promise 1).
     """
-    return max(1, int((now - _EPOCH) * _PER_SECOND))
+    # A clock that is wrong by decades must not use up what there is.
+    return min(max(1, int((now - _EPOCH) * _PER_SECOND)), _LAST_SEED)
 
 
 def first_day(day: str) -> str:
@@ -352,6 +358,9 @@ class MemoryStore:
     def heads(self, keys: cabc.Collection[SessionKey]) -> dict[SessionKey, SessionRow]:
         with self._lock:
             return {key: self._records[key].row for key in keys if key in self._records}
+
+    def stamp(self) -> int | None:
+        return None
 
     def events(self, key: SessionKey, after: int | None, *, limit: int, max_bytes: int) -> Slice:
         with self._lock:

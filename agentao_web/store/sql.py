@@ -73,8 +73,8 @@ _Row = steps.Row
 
 #: How often a transaction that lost a race for a unique row is tried.
 _TRIES: t.Final = 3
-#: Sessions asked for in one statement: SQLite takes 32,766 parameters.
-_KEYS: t.Final = 10_000
+#: Sessions asked for in one statement: others want to run in between.
+_KEYS: t.Final = 250
 
 _MINE = signals.c.worker == sa.bindparam("worker")
 _ANY_SIGNAL = sa.select(signals.c.id).where(_MINE).limit(1)
@@ -138,17 +138,24 @@ class SqlStore:
     ) -> Claim:
         def attempt(db: sa.Connection) -> Claim:
             session = steps.locked(db, key)
+            waited = False
             if session is None:
-                generation = steps.next_generation(db)
+                generation = steps.next_generation(db, self._clock())
                 session = self._create(db, key, turn, now)
             else:
                 self._may_come(db, session, turn, use)
-                _may_begin(db, session, turn)
-                generation = steps.next_generation(db)
+                waited = _may_begin(db, session, turn)
+                generation = steps.next_generation(db, self._clock())
             event = Event(
                 first_seq(generation) + 1, turn.id, opening.type, opening.data, now, opening.extra
             )
-            self._begin(db, session, turn, generation, event)
+            if waited:
+                _start_queued(db, session, turn)
+            else:
+                steps.insert_turn(db, session, turn, "running", 0, session.head)
+            values = steps.write(db, session, [event])
+            values |= {"turns": session.turns + 1, "updated": now}
+            steps.change(db, session, {**values, "generation": generation, "turn_id": turn.id})
             self._remember(db, session, turn, use)
             return Claim(key, generation, turn.id, event, session.version, session.head)
 
@@ -197,7 +204,7 @@ class SqlStore:
             place = steps.write(db, session, events)
             if place["log_bytes"] > self._log_bytes * 5 // 4:
                 place |= steps.prune(db, session, place["log_bytes"], self._log_bytes)
-            steps.move(db, session, place)
+            steps.change(db, session, place)
 
     def finish(self, claim: Claim, finish: Finish) -> None:
         with self._db.write() as db:
@@ -316,6 +323,9 @@ class SqlStore:
                     steps.session_row(row) for row in db.execute(sa.select(sessions).where(some))
                 ]
         return {row.key: row for row in rows}
+
+    def stamp(self) -> int | None:
+        return self._db.stamp()
 
     def events(self, key: SessionKey, after: int | None, *, limit: int, max_bytes: int) -> Slice:
         with self._db.read() as db:
@@ -494,7 +504,7 @@ class SqlStore:
             this = steps.this_turn(session, orphan.turn_id)
             db.execute(sa.update(turns).where(this).values(worker=worker))
             _unask(db, session, orphan.turn_id)
-            generation = steps.next_generation(db)
+            generation = steps.next_generation(db, self._clock())
             steps.change(db, session, {"generation": generation})
             return taken_over(orphan, generation, session.version, session.head)
 
@@ -543,17 +553,6 @@ class SqlStore:
         if use is not None:
             check_use(_use(db, session, use), use, turn, self._clock())
 
-    def _begin(
-        self, db: sa.Connection, session: _Row, turn: TurnRow, generation: int, event: Event
-    ) -> None:
-        running = {"state": "running", "cursor": session.head}
-        queued = steps.this_turn(session, turn.id, "queued")
-        if db.execute(sa.update(turns).where(queued).values(**running)).rowcount == 0:
-            _insert_running(db, session, turn)
-        values = steps.write(db, session, [event])
-        values |= {"turns": session.turns + 1, "updated": event.ts}
-        steps.change(db, session, {**values, "generation": generation, "turn_id": turn.id})
-
     def _remember(
         self, db: sa.Connection, session: _Row, turn: TurnRow, use: KeyUse | None
     ) -> None:
@@ -567,20 +566,25 @@ class SqlStore:
         db.execute(sa.insert(keys).values(key=use.key, body=use.body, **row))
 
 
-def _may_begin(db: sa.Connection, session: _Row, turn: TurnRow) -> None:
+def _may_begin(db: sa.Connection, session: _Row, turn: TurnRow) -> bool:
+    """Whether it was queued; SessionBusy, or ClaimLost if it must not begin any more."""
     if session.generation is not None:
         raise SessionBusy("this session is already answering")
-    first = next(iter(steps.active(db, session)), None)
-    if first is not None and first.id != turn.id:
+    rows = steps.waiting(db, session, turn.id)
+    if not rows:
+        return False
+    if rows[0].id != turn.id:
         raise SessionBusy("another turn of this session is first")
-
-
-def _insert_running(db: sa.Connection, session: _Row, turn: TurnRow) -> None:
-    ended = sa.select(turns.c.id).where(steps.this_turn(session, turn.id))
-    if db.execute(ended).first() is not None:
-        # It was queued, and taken from its worker: it must not begin any more.
+    if rows[0].state == "ended":
+        # It was queued, and taken from its worker.
         raise ClaimLost
-    steps.insert_turn(db, session, turn, "running", 0, session.head)
+    return True
+
+
+def _start_queued(db: sa.Connection, session: _Row, turn: TurnRow) -> None:
+    this = steps.this_turn(session, turn.id, "queued")
+    running = {"state": "running", "cursor": session.head}
+    db.execute(sa.update(turns).where(this).values(**running))
 
 
 def _end(db: sa.Connection, session: _Row, turn_id: str, final: Event | None) -> None:

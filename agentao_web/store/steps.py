@@ -9,6 +9,7 @@ for nothing: it starts over if it was not the first. Who settles a question lock
 from __future__ import annotations
 
 import collections.abc as cabc
+import functools
 import json
 import typing as t
 
@@ -17,6 +18,7 @@ import sqlalchemy as sa
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import NotFound
 from agentao_web.core.log import Event
+from agentao_web.core.log import beginning
 from agentao_web.core.names import SessionKey
 from agentao_web.core.question import Question
 from agentao_web.core.question import to_be_remembered
@@ -24,6 +26,7 @@ from agentao_web.store import ActiveTurn
 from agentao_web.store import Finish
 from agentao_web.store import SessionRow
 from agentao_web.store import TurnRow
+from agentao_web.store.memory import generation_seed
 from agentao_web.store.tables import dumped
 from agentao_web.store.tables import events
 from agentao_web.store.tables import history
@@ -36,44 +39,44 @@ from agentao_web.store.tables import turns
 Row = sa.Row[t.Any]
 Values = dict[str, t.Any]
 
-#: What an event weighs in the log beside its JSON, in bytes.
-_EVENT_OVERHEAD: t.Final = 64
+#: What a row weighs in the log beside its JSON, in bytes.
+_ROW_OVERHEAD: t.Final = 64
+#: How much memory the events of one row hold, before there is a next one.
+_RUN: t.Final = 2**15
+#: Rows of the log asked for at first, and at most at a time.
+_FEWEST, _MOST = 8, 64
 
 _BY_NAME = sa.select(sessions).where(sessions.c.name == sa.bindparam("name"))
 _LOCKED = _BY_NAME.with_for_update()
 _HELD = _LOCKED.where(sessions.c.generation == sa.bindparam("generation"))
-_NEW_EVENT = sa.insert(events)
-#: Made once: this is what a turn does most often.
-_MOVED = (
-    sa.update(sessions)
-    .where(sessions.c.id == sa.bindparam("session"))
-    .values({name: sa.bindparam(f"new_{name}") for name in ("base", "head", "log_bytes")})
-)
+_NEW_EVENTS = sa.insert(events)
+_NEW_TURN = sa.insert(turns)
 
 _COUNTER = meta.c.name == "generation"
-_COUNT = sa.update(meta).where(_COUNTER).values(value=meta.c.value + 1)
+_NEXT = meta.c.value + 1
+_LEAST = sa.bindparam("least", type_=sa.BigInteger())
+_COUNT = (
+    sa.update(meta).where(_COUNTER).values(value=sa.case((_NEXT < _LEAST, _LEAST), else_=_NEXT))
+)
 _COUNTED = sa.select(meta.c.value).where(_COUNTER)
+_COUNT_AT_ONCE = _COUNT.returning(meta.c.value)
 
 #: Whether a session, of a statement about sessions, has a turn that is not over.
 BUSY = sa.exists().where(turns.c.session == sessions.c.id, turns.c.position.is_not(None))
 
-_ACTIVE = (
-    sa.select(turns)
-    .where(turns.c.session == sa.bindparam("session"), turns.c.position.is_not(None))
-    .order_by(turns.c.state.desc(), turns.c.position)
+_OF_SESSION = turns.c.session == sa.bindparam("session")
+_IN_ORDER = sa.select(turns).order_by(turns.c.state.desc(), turns.c.position)
+_IS_ACTIVE = sa.and_(_OF_SESSION, turns.c.position.is_not(None))
+_ACTIVE = _IN_ORDER.where(_IS_ACTIVE)
+_WAITING = _IN_ORDER.where(
+    sa.or_(_IS_ACTIVE, sa.and_(_OF_SESSION, turns.c.id == sa.bindparam("turn")))
 )
-_TAIL = (
+_FOLLOWING = (
     sa.select(events)
     .where(events.c.session == sa.bindparam("session"), events.c.seq > sa.bindparam("cursor"))
     .order_by(events.c.seq)
-    .limit(sa.bindparam("limit"))
-    .subquery()
+    .limit(sa.bindparam("few"))
 )
-#: The newest part of the log, up to a number of events and of bytes.
-_PART = sa.select(
-    _TAIL, (sa.func.sum(_TAIL.c.size).over(order_by=_TAIL.c.seq) - _TAIL.c.size).label("before")
-).subquery()
-_EVENTS = sa.select(_PART).where(_PART.c.before < sa.bindparam("max_bytes")).order_by(_PART.c.seq)
 _OLDEST = (
     sa.select(events.c.seq, events.c.size)
     .where(events.c.session == sa.bindparam("session"), events.c.seq > sa.bindparam("base"))
@@ -113,18 +116,27 @@ def held(db: sa.Connection, key: SessionKey, generation: int) -> Row:
 
 def change(db: sa.Connection, session: Row, values: Values) -> None:
     """Write to the session's row."""
-    db.execute(sa.update(sessions).where(sessions.c.id == session.id).values(**values))
+    changed = {f"new_{name}": value for name, value in values.items()}
+    db.execute(_changing(frozenset(values)), {"session": session.id, **changed})
 
 
-def move(db: sa.Connection, session: Row, place: Values) -> None:
-    """Write to the session's row how far its log reaches."""
-    moved = {f"new_{name}": value for name, value in place.items()}
-    db.execute(_MOVED, {"session": session.id, **moved})
+@functools.cache
+def _changing(names: frozenset[str]) -> sa.Update:
+    """Made once for each set of columns there is: that costs more than to run it."""
+    new: Values = {name: sa.bindparam(f"new_{name}") for name in sorted(names)}
+    return sa.update(sessions).where(sessions.c.id == sa.bindparam("session")).values(new)
 
 
-def next_generation(db: sa.Connection) -> int:
-    """A number for a claim, given out once for ever: with this transaction or not at all."""
-    db.execute(_COUNT)
+def next_generation(db: sa.Connection, now: float) -> int:
+    """A number for a claim, given out once for ever: with this transaction or not at all.
+
+    It follows the clock too: an older copy of this database, put in its place, would count from
+    where it was and give numbers out again.
+    """
+    least = {"least": generation_seed(now)}
+    if db.dialect.update_returning:
+        return t.cast(int, db.execute(_COUNT_AT_ONCE, least).scalar_one())
+    db.execute(_COUNT, least)
     return t.cast(int, db.execute(_COUNTED).scalar_one())
 
 
@@ -163,6 +175,11 @@ def active(db: sa.Connection, session: Row) -> cabc.Sequence[Row]:
     return db.execute(_ACTIVE, {"session": session.id}).all()
 
 
+def waiting(db: sa.Connection, session: Row, turn_id: str) -> cabc.Sequence[Row]:
+    """Who is before a turn that wants to begin, and the turn itself if it is known, ended too."""
+    return db.execute(_WAITING, {"session": session.id, "turn": turn_id}).all()
+
+
 def active_turn(row: Row, head: int) -> ActiveTurn:
     """An active turn as the protocol has it; what is queued begins after the *head* for now."""
     cursor = row.cursor if row.state == "running" else head
@@ -176,7 +193,7 @@ def insert_turn(
     place = {"session": session.id, "state": state, "position": position, "cursor": cursor}
     told = {"id": turn.id, "worker": turn.worker, "created": turn.created}
     said = {"message": turn.message, "images": turn.images}
-    db.execute(sa.insert(turns).values(**place, **told, **said))
+    db.execute(_NEW_TURN, {**place, **told, **said})
 
 
 def this_turn(session: Row, turn_id: str, *states: str) -> sa.ColumnElement[bool]:
@@ -236,18 +253,31 @@ def _question_row(row: Row) -> Question:
 
 def part(db: sa.Connection, session: Row, cursor: int, limit: int, max_bytes: int) -> list[Event]:
     """Events after *cursor*: the first one, and others within both bounds."""
-    bounds = {"session": session.id, "cursor": cursor, "limit": limit, "max_bytes": max_bytes}
-    return [_event(row) for row in db.execute(_EVENTS, bounds)]
+    return beginning(_following(db, session, cursor), limit=limit, max_bytes=max_bytes)
+
+
+def _following(db: sa.Connection, session: Row, cursor: int) -> cabc.Iterator[Event]:
+    """Every event after *cursor*, asked for a few rows at a time: they may be long ones."""
+    few = _FEWEST
+    while rows := db.execute(
+        _FOLLOWING, {"session": session.id, "cursor": cursor, "few": few}
+    ).all():
+        for row in rows:
+            yield from (event for event in _run(row) if t.cast(int, event.seq) > cursor)
+        if len(rows) < few:
+            return
+        cursor, few = rows[-1].seq, min(few * 2, _MOST)
 
 
 def write(db: sa.Connection, session: Row, new: cabc.Sequence[Event]) -> Values:
     """Put events into the log; what changes of the session's row."""
     # What is there already was written by an attempt whose commit seemed to fail.
-    rows = [_event_row(session, event) for event in new if (event.seq or 0) > session.head]
+    new = [event for event in new if (event.seq or 0) > session.head]
     place = {"base": session.base, "head": session.head, "log_bytes": session.log_bytes}
-    if not rows:
+    if not new:
         return place
-    db.execute(_NEW_EVENT, rows)
+    rows = [_run_row(session, run) for run in _runs(new)]
+    db.execute(_NEW_EVENTS, rows)
     size = sum(row["size"] for row in rows)
     return {**place, "head": rows[-1]["seq"], "log_bytes": session.log_bytes + size}
 
@@ -272,22 +302,44 @@ def prune(db: sa.Connection, session: Row, log_bytes: int, most: int) -> Values:
     return {"base": base, "log_bytes": log_bytes}
 
 
-def _event_row(session: Row, event: Event) -> Values:
-    body = dumped([dict(event.data), dict(event.extra)])
+def _runs(new: cabc.Iterable[Event]) -> cabc.Iterator[list[Event]]:
+    """*new* as it goes into rows: each of one turn, and none much longer than the others.
+
+    A row for each event would cost more than all the rest that is done for a token.
+    """
+    run: list[Event] = []
+    weight = 0
+    for event in new:
+        if run and (weight >= _RUN or event.turn_id != run[0].turn_id):
+            yield run
+            run, weight = [], 0
+        run.append(event)
+        weight += event.weight()
+    if run:
+        yield run
+
+
+def _run_row(session: Row, run: list[Event]) -> Values:
+    *before, last = run
+    told = [[e.seq, e.type, e.ts, dict(e.data), dict(e.extra)] for e in before]
+    body = dumped([dict(last.data), dict(last.extra), *told])
     return {
         "session": session.id,
-        "seq": event.seq,
-        "turn_id": event.turn_id,
-        "type": event.type,
-        "ts": event.ts,
+        "seq": last.seq,
+        "turn_id": last.turn_id,
+        "type": last.type,
+        "ts": last.ts,
         "body": body,
-        "size": _EVENT_OVERHEAD + (len(body) if body.isascii() else len(body.encode())),
+        "size": _ROW_OVERHEAD + (len(body) if body.isascii() else len(body.encode())),
     }
 
 
-def _event(row: Row) -> Event:
-    data, extra = json.loads(row.body)
-    return Event(row.seq, row.turn_id, row.type, data, row.ts, extra)
+def _run(row: Row) -> cabc.Iterator[Event]:
+    """The events of a row, in their order."""
+    data, extra, *before = json.loads(row.body)
+    for seq, kind, ts, *rest in before:
+        yield Event(seq, row.turn_id, kind, rest[0], ts, rest[1])
+    yield Event(row.seq, row.turn_id, row.type, data, row.ts, extra)
 
 
 def final_json(event: Event) -> list[t.Any]:

@@ -27,9 +27,13 @@ _Big = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _Name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
+#: Made once: json.dumps makes one for every call that is not by its defaults.
+_ENCODER: t.Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def dumped(value: t.Any) -> str:
     """*value* as JSON that both databases take as text."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = _ENCODER.encode(value)
     return text if text.isascii() or _is_utf8(text) else json.dumps(value, separators=(",", ":"))
 
 
@@ -132,6 +136,8 @@ sa.Index(
     postgresql_where=_ACTIVE,
 )
 
+# A row is a run of events of one turn. It is named after the last one, whose data and extra come
+# first in ``body``, followed by those before it: [data, extra, [seq, type, ts, data, extra], …].
 events = sa.Table(
     "agentao_events",
     metadata,

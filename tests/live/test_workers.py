@@ -135,6 +135,120 @@ def test_everything_works_at_any_worker(tmp_path: Path, model: ModelServer) -> N
             assert client.request("GET", f"/session/s{n}").status_code == 404
 
 
+class Desk:
+    """A client whose requests all go to one worker, as long as its connection is kept."""
+
+    def __init__(self, server: Server) -> None:
+        headers = {"Authorization": f"Bearer {token()}", "Accept": "application/json"}
+        self._client = httpx.Client(
+            base_url=server.url,
+            headers=headers,
+            timeout=PATIENCE,
+            trust_env=False,
+            limits=httpx.Limits(keepalive_expiry=None),
+        )
+        self._server = server
+        self.pid = self._worker(self._client.get("/healthz"))
+
+    def _worker(self, response: httpx.Response) -> int:
+        """Who has the other end of the connection *response* came by."""
+        mine = response.extensions["network_stream"].get_extra_info("client_addr")[1]
+        ends = (f":{self._server.port:04X}", f":{mine:04X}")
+        return next(pid for pid in self._server.workers() if _is_connected(pid, *ends))
+
+    def call(self, method: str, path: str, **options: t.Any) -> httpx.Response:
+        response = self._client.request(method, path, **options)
+        assert self._worker(response) == self.pid
+        return response
+
+    def begin(self, sid: str, message: str, **fields: t.Any) -> dict[str, t.Any]:
+        response = self.call("POST", f"/chat/{sid}", json={"message": message, **fields})
+        assert response.status_code == 202, response.text
+        return t.cast(dict[str, t.Any], response.json())
+
+    def until(self, sid: str, cursor: int, turn_id: str, *kinds: str) -> dict[str, t.Any]:
+        """The first event of one of *kinds* of that turn."""
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            page = self.call("GET", f"/chat/{sid}/events?after={cursor}&wait=5").json()
+            for event in page["events"]:
+                if event["type"] in kinds and event["turn_id"] == turn_id:
+                    return t.cast(dict[str, t.Any], event)
+            cursor = page["cursor"]
+        raise AssertionError(f"no {kinds} was to be read")
+
+    def close(self) -> None:
+        self._client.close()
+
+
+@contextlib.contextmanager
+def desk_at_every_worker(server: Server, workers: int) -> cabc.Iterator[list[Desk]]:
+    """One client for each worker; the kernel decides which one a connection goes to."""
+    made: list[Desk] = []
+    found: dict[int, Desk] = {}
+
+    def complete() -> bool:
+        desk = Desk(server)
+        made.append(desk)
+        found.setdefault(desk.pid, desk)
+        return len(found) == workers
+
+    try:
+        eventually(complete, "some worker never gets a connection")
+        yield list(found.values())
+    finally:
+        for desk in made:
+            desk.close()
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_what_one_worker_runs_each_may_read_stop_follow_and_answer(
+    tmp_path: Path, model: ModelServer, workers: int
+) -> None:
+    ends = ("done", "error")
+    with (
+        Server(tmp_path, "--workers", str(workers), **model_env(model)) as server,
+        desk_at_every_worker(server, workers) as desks,
+    ):
+        here = desks[0]
+        for n, there in enumerate(desks):
+            # Read, and cancel.
+            turn = here.begin(f"c{n}", "hang_after some words")
+            sid, cursor, turn_id = turn["session_id"], turn["cursor"], turn["turn_id"]
+            there.until(sid, cursor, turn_id, "llm_text")
+            assert there.call("POST", f"/chat/{sid}/cancel").json()["cancelled"] == 1
+            for desk in (here, there):
+                end = desk.until(sid, cursor, turn_id, *ends)
+                assert end["data"]["reason"] == "cancelled_by_user"
+            # Interrupt.
+            old = here.begin(sid, "hang_after some words")
+            new = there.begin(sid, "say instead", on_busy="interrupt")
+            end = there.until(sid, old["cursor"], old["turn_id"], *ends)
+            assert end["data"]["reason"] == "interrupted"
+            end = here.until(sid, old["cursor"], new["turn_id"], *ends)
+            assert end["reply"] == "instead"
+            # Queue.
+            first = here.begin(sid, "tokens 20 20")
+            second = there.begin(sid, "say second", on_busy="queue")
+            assert second["status"] == "queued"
+            assert there.until(sid, first["cursor"], second["turn_id"], *ends)["reply"] == "second"
+            page = here.call("GET", f"/chat/{sid}/events?after={first['cursor']}").json()
+            told = [e["turn_id"] for e in page["events"] if e["type"] != "turn_queued"]
+            last = len(told) - told[::-1].index(first["turn_id"])
+            assert second["turn_id"] not in told[:last], "one after the other"
+            # Answer.
+            turn = here.begin(sid, 'call write_file {"file_path": "a.txt", "content": "x"}\nsay ok')
+            question = there.until(sid, turn["cursor"], turn["turn_id"], "tool_confirmation")
+            given = {"question_id": question["data"]["question_id"], "approve": True}
+            assert there.call("POST", f"/chat/{sid}/answer", json=given).status_code == 200
+            assert there.until(sid, turn["cursor"], turn["turn_id"], *ends)["reply"] == "ok"
+            # Delete.
+            here.begin(sid, "hang_after some words")
+            assert there.call("DELETE", f"/session/{sid}").json() == {"ok": True}
+            for desk in desks:
+                assert desk.call("GET", f"/session/{sid}").status_code == 404
+
+
 def test_a_restart_forgets_nothing(tmp_path: Path, model: ModelServer) -> None:
     with Server(tmp_path, **model_env(model)) as server:
         client = Client(server)
@@ -205,11 +319,16 @@ def test_a_worker_that_slept_past_its_lease_cannot_write(
 
 def _speaks_to(pid: int, model: ModelServer) -> bool:
     """Whether that process has a connection to the model's port."""
-    port = f":{int(model.base_url.split(':')[2].split('/')[0]):04X}"
+    port = int(model.base_url.split(":")[2].split("/")[0])
+    return _is_connected(pid, "", f":{port:04X}")
+
+
+def _is_connected(pid: int, local: str, remote: str) -> bool:
+    """Whether that process has a connection between two addresses that end so."""
     inodes = set()
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
-        if fields[2].endswith(port) and fields[3] == "01":
+        if fields[1].endswith(local) and fields[2].endswith(remote) and fields[3] == "01":
             inodes.add(fields[9])
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc as cabc
+import dataclasses
 import threading
 import time
 import typing as t
@@ -298,6 +299,21 @@ def test_pages_put_together_are_the_log(store: Store) -> None:
         found += page
         cursor = page[-1].seq
     assert found == log(store)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 190])
+def test_every_cursor_is_a_place_to_go_on_from(store: Store, batch: int) -> None:
+    """However the events came in, and also if turns that wait speak in between."""
+    held = claim(store)
+    events = [text(held, n, f"{n} ") for n in range(2, 192)]
+    events[40:43] = [dataclasses.replace(e, turn_id="waits") for e in events[40:43]]
+    for start in range(0, len(events), batch):
+        store.append(held, events[start : start + batch])
+    assert log(store, held.opening.seq) == events
+    for n in (0, 39, 40, 42, 43, 100, 188):
+        part = store.events(KEY, events[n].seq, limit=50, max_bytes=10**6)
+        assert part.events == events[n + 1 : n + 51]
+        assert part.cursor == part.events[-1].seq
 
 
 def test_an_empty_end_of_the_log_keeps_the_cursor(store: Store) -> None:
