@@ -18,7 +18,6 @@ from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
 from agentao_web.core.question import Question
-from agentao_web.core.question import cancelled
 from agentao_web.core.question import closed
 from agentao_web.core.transcript import Transcript
 from agentao_web.core.transcript import lost_note
@@ -30,6 +29,7 @@ from agentao_web.core.turn import terminal
 from agentao_web.live import Callback
 from agentao_web.live import Live
 from agentao_web.live import LiveTurn
+from agentao_web.questions import LOST
 from agentao_web.questions import Questions
 from agentao_web.questions import record
 from agentao_web.store import Finish
@@ -383,13 +383,17 @@ class Runner:
             return
         transcript = Transcript()
         message = ""
+        asked: dict[str, bool] = {}
         for event in self._events_of(orphan):
             transcript.add(event)
             if event.type == "turn_begin":
                 message = event.data["message"]
+            elif "question_id" in event.data:
+                asked[event.data["question_id"]] = event.type != "question_closed"
         outcome = Outcome(State.FAILED, code)
         now, first = self._clock(), t.cast(int, claim.opening.seq)
-        drafts = [*self._closings(orphan), terminal(outcome, duration_ms=0)]
+        questions = self._abandoned(orphan, [q for q, is_open in asked.items() if is_open])
+        drafts = [*map(closed, questions), terminal(outcome, duration_ms=0)]
         events = [
             Event(first + n, orphan.turn_id, draft.type, draft.data, now, draft.extra)
             for n, draft in enumerate(drafts)
@@ -398,11 +402,18 @@ class Runner:
         appended = self._note(message, transcript) if message else []
         self._store.finish(claim, Finish(events, outcome, entries, appended, False, now))
         self._log.warning("turn %s was left open, and is closed: %s", orphan.turn_id, code)
+        for question in questions:
+            if question.by == LOST:
+                record(orphan.key, orphan.turn_id, question)
 
-    def _closings(self, orphan: Orphan) -> list[Draft]:
-        """What is to be said of the questions that nobody waits for any more."""
-        found = [q for q in self._store.questions(orphan.key) if q.turn_id == orphan.turn_id]
-        return [closed(cancelled(question)) for question in found]
+    def _abandoned(self, orphan: Orphan, asked: list[str]) -> list[Question]:
+        """Its questions that nobody waits for any more, closed; also those answered unheard.
+
+        *asked* are those that are open as its log has it; the rows say how they are closed.
+        """
+        mine = [q.id for q in self._store.questions(orphan.key) if q.turn_id == orphan.turn_id]
+        ids = dict.fromkeys([*asked, *mine])
+        return [self.questions.abandon(orphan.key, question_id) for question_id in ids]
 
     def _events_of(self, orphan: Orphan) -> cabc.Iterator[Event]:
         cursor = orphan.cursor

@@ -577,3 +577,399 @@ def until_logged(probe: Probe, kind: str) -> None:
 
 def audit(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == "agentao_web.audit"]
+
+
+def test_what_a_dead_worker_left_is_closed_though_the_store_stumbles(crew: Crew) -> None:
+    """Taken over it is ours, and our heart beats: nobody else would find it any more."""
+    one, two = crew(Asker(), say_ok, worker_lease=4.5)
+    lost = one.start()
+    asked(one, lost)
+    two.pool.find(two.key())
+    until_logged(two, "tool_confirmation")
+    mute(one, gate := Gate())
+    together.die(one)
+    good, failed = two.store.finish, threading.Event()
+
+    def finish(*args: t.Any) -> None:
+        if failed.is_set():
+            return good(*args)
+        failed.set()
+        raise StoreUnavailable
+
+    two.store.finish = finish  # type: ignore[method-assign]
+    assert final(two, elsewhere(two, lost)).extra["error"]["code"] == "worker_lost"
+    well_told(two.log())
+    gate.opened.set()
+    final(one, lost)
+
+
+# -- several at once ---------------------------------------------------------------------------
+
+
+def asks_at_once(count: int, closed: list[Question]) -> t.Any:
+    """Like Agentao with a batch of read-only calls: each on a thread of its own."""
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        def one(n: int) -> None:
+            closed.append(stage.ask("ask_user_requested", {**WORDS, "question": f"{n}?"}))
+
+        threads = [threading.Thread(target=one, args=(n,)) for n in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+
+    return script
+
+
+def test_several_are_open_at_once_and_the_turn_goes_on_after_the_last(crew: Crew) -> None:
+    closed: list[Question] = []
+    gate = Gate()
+    batch = asks_at_once(3, closed)
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        batch(agent, request, stage)
+        gate.stand()
+
+    one, two = crew(script, say_ok)
+    started = one.start()
+    assert started.turn is not None
+    asked(one, started, nth=2)
+    found = {q.data["question"]: q for q in two.store.questions(two.key())}
+    assert set(found) == {"0?", "1?", "2?"}
+    for n, left in ((1, 2), (0, 1), (2, 0)):
+        assert started.turn.turn.state is State.WAITING
+        worker = one if n else two
+        answer(worker, found[f"{n}?"].id, Reply(answer=f"said {n}"))
+        until = one.pool.clock() + PATIENCE
+        while len(started.turn.questions) > left:
+            assert one.pool.clock() < until
+            threading.Event().wait(0.01)
+    gate.meet()
+    assert started.turn.turn.state is State.RUNNING
+    gate.opened.set()
+    final(one, started)
+    assert {q.data["question"]: q.answer["answer"] for q in closed} == {
+        f"{n}?": f"said {n}" for n in range(3)
+    }
+    well_told(one.log())
+
+
+def test_cancel_closes_all_of_them(probe: cabc.Callable[..., Probe]) -> None:
+    closed: list[Question] = []
+    one = probe(asks_at_once(5, closed))
+    started = one.start()
+    asked(one, started, nth=4)
+    one.pool.cancel(one.key())
+    one.finish(started)
+    assert [q.outcome for q in closed] == ["cancelled"] * 5
+    assert closings(one) == [("cancelled", "cancelled_by_user")] * 5
+    well_told(one.log())
+
+
+def test_an_interrupt_closes_it_and_the_next_turn_asks_anew(
+    probe: cabc.Callable[..., Probe],
+) -> None:
+    script = Asker()
+    one = probe(script)
+    first = one.start("one")
+    old = asked(one, first)
+    second = one.start("two", on_busy="interrupt")
+    assert one.finish(first).data["reason"] == "interrupted"
+    new = asked(one, second)
+    with pytest.raises(QuestionClosed):
+        answer(one, old)
+    answer(one, new)
+    assert one.finish(second).data["status"] == "completed"
+    assert script.outcomes == [("cancelled", "interrupted"), ("approved", "ann")]
+
+
+# -- time --------------------------------------------------------------------------------------
+
+
+def test_waiting_is_no_running_time(probe: cabc.Callable[..., Probe]) -> None:
+    one = probe(Asker(), turn_timeout=60.0, max_waiting_time=10_000.0)
+    started = one.start()
+    question_id = asked(one, started)
+    one.pool.tick(one.pool.clock() + 9_000)
+    assert started.turn is not None and started.turn.turn.stop_reason is None
+    answer(one, question_id)
+    assert one.finish(started).data["status"] == "completed"
+
+
+def test_a_turn_waits_for_people_only_so_long(probe: cabc.Callable[..., Probe]) -> None:
+    script = Asker()
+    one = probe(script, max_waiting_time=60.0)
+    started = one.start()
+    asked(one, started)
+    one.pool.tick(one.pool.clock() + 61)
+    last = one.finish(started)
+    assert (last.data["status"], last.data["reason"]) == ("timed_out", "waiting_timeout")
+    assert closings(one) == [("cancelled", "waiting_timeout")]
+
+
+def test_the_disconnect_clock_stands_still_while_it_waits(
+    probe: cabc.Callable[..., Probe],
+) -> None:
+    gate, script = Gate(), Asker()
+
+    def asks(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        script(agent, request, stage)
+        stopped = threading.Event()
+        stage.on_stop(lambda reason: stopped.set())
+        gate.arrived.release()
+        assert stopped.wait(PATIENCE)
+
+    one = probe(asks, disconnect_grace=10.0)
+    started = one.start(on_disconnect="cancel")
+    question_id = asked(one, started)
+    with Reader(started.live, one.store, started.cursor, turn=started.turn) as reader:
+        reader.left = True
+    one.pool.tick(one.pool.clock() + 500)
+    assert started.turn is not None and started.turn.turn.stop_reason is None
+    answer(one, question_id)
+    gate.meet()
+    one.pool.tick(one.pool.clock() + 11)
+    assert one.finish(started).data["reason"] == "client_gone"
+
+
+# -- the store is away -------------------------------------------------------------------------
+
+
+def away(*args: t.Any, **more: t.Any) -> t.NoReturn:
+    raise StoreUnavailable
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_what_cannot_be_asked_fails_the_turn(
+    probe: cabc.Callable[..., Probe], committed: bool
+) -> None:
+    """Also if the row got through and only the word of it was lost: it is not left open."""
+    script = Asker()
+    one = probe(script)
+    good = one.store.ask
+
+    def ask(*args: t.Any) -> None:
+        if committed:
+            good(*args)
+        raise StoreUnavailable
+
+    one.store.ask = ask
+    last = one.run()
+    assert last.extra["error"]["code"] == "store_unavailable"
+    assert isinstance(script.raised[0], StoreUnavailable)
+    assert one.store.questions(one.key()) == []
+    assert not closings(one)
+    well_told(one.log())
+
+
+def test_a_store_that_is_away_while_it_waits_is_asked_again(
+    probe: cabc.Callable[..., Probe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentao_web.questions._LOOK", 0.01)
+    monkeypatch.setattr("agentao_web.questions._RETRY", 0.01)
+    script, tried = Asker(), threading.Semaphore(0)
+    one = probe(script)
+    good = one.store.question
+
+    def down(*args: t.Any) -> t.NoReturn:
+        tried.release()
+        raise StoreUnavailable
+
+    started = one.start()
+    question_id = asked(one, started)
+    one.store.question = down
+    for _ in range(3):
+        assert tried.acquire(timeout=PATIENCE)
+    with pytest.raises(StoreUnavailable):
+        answer(one, question_id)
+    one.store.question = good
+    assert rows(one, question_id) == [None]
+    answer(one, question_id)
+    assert one.finish(started).data["status"] == "completed"
+    assert script.outcomes == [("approved", "ann")]
+
+
+def test_a_store_that_is_away_is_not_asked_without_a_pause(
+    probe: cabc.Callable[..., Probe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to look while the store is away it looked again, and again, as fast as it could."""
+    monkeypatch.setattr("agentao_web.questions._RETRY", 10 * PATIENCE)
+    one = probe(Asker())
+    good, tries = one.store.question, threading.Semaphore(0)
+
+    def down(*args: t.Any) -> t.NoReturn:
+        tries.release()
+        raise StoreUnavailable
+
+    started = one.start()
+    question_id = asked(one, started)
+    one.store.question = down
+    for _ in range(2):
+        # Each look is one try: a third, that nobody asked for, would come at once.
+        started.live.look_again()
+        assert tries.acquire(timeout=PATIENCE)
+    assert not tries.acquire(timeout=0.2)
+    one.store.question = good
+    answer(one, question_id)
+    assert one.finish(started).data["status"] == "completed"
+
+
+def test_an_expiry_that_cannot_be_written_is_no_yes(
+    probe: cabc.Callable[..., Probe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentao_web.questions._RETRY", 0.01)
+    script, tried = Asker(), threading.Semaphore(0)
+    one = probe(script, question_timeout=0.05)
+    good = one.store.settle
+
+    def down(*args: t.Any, **more: t.Any) -> t.NoReturn:
+        tried.release()
+        raise StoreUnavailable
+
+    one.store.settle = down
+    started = one.start()
+    for _ in range(3):
+        assert tried.acquire(timeout=PATIENCE)
+    assert not script.closed
+    one.store.settle = good
+    one.finish(started)
+    assert script.outcomes == [("expired", "timeout")]
+
+
+def test_a_stop_ends_it_without_the_store(probe: cabc.Callable[..., Probe]) -> None:
+    script = Asker()
+    one = probe(script)
+    started = one.start()
+    question_id = asked(one, started)
+    good, one.store.settle = one.store.settle, away
+    one.pool.cancel(one.key())
+    assert one.finish(started).data["reason"] == "cancelled_by_user"
+    one.store.settle = good
+    assert script.outcomes == [("cancelled", "cancelled_by_user")]
+    assert rows(one, question_id) == ["cancelled"], "by the terminal transaction"
+    well_told(one.log())
+
+
+def test_a_claim_that_was_lost_ends_the_wait(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentao_web.questions._LOOK", 10 * PATIENCE)
+    script = Asker()
+    one, two = crew(script, say_ok)
+    started = one.start()
+    asked(one, started)
+    started.live.lost()  # What the writer says when it finds out.
+    last = final(one, started)
+    assert last.extra["error"]["code"] == "worker_lost"
+    assert script.outcomes[0][0] == "cancelled"
+
+
+# -- who reads ---------------------------------------------------------------------------------
+
+
+def test_no_thread_waits_for_a_person_also_not_on_another_worker(crew: Crew) -> None:
+    one, two = crew(Asker(), say_ok)
+    started = one.start()
+    question_id = asked(one, started)
+    far = elsewhere(two, started)
+    two.pool.read_here(far.live)
+    for worker, told in ((one, started), (two, far)):
+        reader = Reader(
+            told.live, worker.store, told.cursor, turn=told.turn, turn_id=told.turn_id
+        )
+        assert together.ending(reader, wait=10 * PATIENCE) is None
+        assert reader.waits_for_people and reader.leased
+    answer(two, question_id)
+    assert final(one, started).data["status"] == "completed"
+    assert final(two, far).data["status"] == "completed"
+
+
+# -- the audit ---------------------------------------------------------------------------------
+
+
+def test_each_decision_is_one_line(
+    probe: cabc.Callable[..., Probe], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "agentao_web.audit")
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        for _ in range(3):
+            stage.ask("tool_confirmation", APPROVAL)
+        stage.approved(APPROVAL, "an approval for this session")
+        stage.ask("ask_user_requested", WORDS)
+
+    one = probe(script)
+    started = one.start()
+    replies = (YES, NO, Reply(True, remember="turn"), Reply(answer="a secret"))
+    for n, reply in enumerate(replies):
+        question_id = asked(one, started, nth=n)
+        answer(one, question_id, reply)
+        with pytest.raises((QuestionClosed, InvalidRequest)):
+            answer(one, question_id, Reply(answer="another"))
+    one.finish(started)
+    lines = audit(caplog)
+    assert [line.partition(";")[0] for line in lines] == [
+        "approved: 'pay' by 'ann'",
+        "denied: 'pay' by 'ann'",
+        "approved: 'pay' by 'ann'",
+        "approved: 'pay' by 'an approval for this session'",
+        "answered: 'ask_user' by 'ann'",
+    ]
+    assert lines[2].endswith("remembered for this turn")
+    for line in lines:
+        assert f"tenant 'acme', user 'ann', session 's', turn {started.turn_id}" in line
+        assert "a secret" not in line
+
+
+# -- anything in any order ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_in_any_order_each_question_is_closed_once_as_its_row_says(
+    crew: Crew, seed: int
+) -> None:
+    chance = random.Random(seed)
+    closed: list[Question] = []
+    batch = asks_at_once(3, closed)
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        batch(agent, request, stage)
+        closed.append(stage.ask("tool_confirmation", APPROVAL))
+
+    one, two = crew(script, say_ok, question_timeout=chance.choice([0.02, 0.1, 300.0]))
+    started = one.start()
+    told: dict[str, set[str]] = {}
+    end = chance.choice(["answer", "answer", "cancel", "cancel elsewhere"])
+
+    def people(seed: int) -> None:
+        mine = random.Random(seed)
+        while started.turn is not None and started.turn.final is None:
+            worker = mine.choice([one, two])
+            for question in worker.store.questions(worker.key()):
+                said = YES if question.kind == "tool_confirmation" else Reply(answer=f"{seed}")
+                try:
+                    row = answer(worker, question.id, said)
+                except QuestionClosed as error:
+                    row = Question(question.id, "", "", {}, 0.0, error.details["outcome"])
+                told.setdefault(question.id, set()).add(str(row.outcome))
+            if end.startswith("cancel") and mine.random() < 0.1:
+                (one if end == "cancel" else two).pool.cancel(one.key())
+            threading.Event().wait(mine.random() * 0.01)
+
+    crowd = [threading.Thread(target=people, args=(seed * 10 + n,)) for n in range(3)]
+    for person in crowd:
+        person.start()
+    last = final(one, started)
+    for person in crowd:
+        person.join(PATIENCE)
+    assert last.data["status"] in ("completed", "cancelled")
+    log = one.log()
+    well_told(log)
+    shut = {e.data["question_id"]: e.data["outcome"] for e in log if e.type == "question_closed"}
+    for question_id, outcomes in told.items():
+        row = one.store.question(one.key(), question_id)
+        assert row is not None
+        assert outcomes == {row.outcome}, "everybody was told the same"
+        assert shut.get(question_id, "cancelled") == row.outcome
+    assert one.store.questions(one.key()) == []
