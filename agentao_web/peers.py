@@ -150,8 +150,10 @@ class Peers:
     def _reap(self, orphan: Orphan) -> None:
         try:
             self._runner.reap(orphan)
-        except (ClaimLost, StoreUnavailable):
-            pass  # Somebody else has it, or the next look will.
+        except ClaimLost:
+            pass  # Somebody else has it.
+        except StoreUnavailable:
+            self._runner.reap_later(orphan)
 
     def _aside(self, work: cabc.Callable[[], None]) -> None:
         threading.Thread(target=work, name="agentao-aside", daemon=True).start()

@@ -229,8 +229,8 @@ class Runner:
         )
         self.worker = ""
         """Who writes the rows: a fresh name per process."""
-        self.unclosed: list[tuple[Live, Orphan, str]] = []
-        """Our own turns whose claim or end the store may not have: to be closed when it is back."""
+        self.unclosed: list[tuple[Live | None, Orphan, str]] = []
+        """Turns whose claim or end the store may not have: to be closed when it is back."""
         self.writer = writer
         self._store = store
         self._agents = agents
@@ -276,7 +276,7 @@ class Runner:
         self.unclosed.append((live, Orphan(live.key, turn.turn.id, True, turn.cursor), code))
 
     def close_ours(self) -> None:
-        """Close our own turns that the store could not, now that it is back; raises if it is not.
+        """Close turns that the store could not, now that it is back; raises if it is not.
 
         One whose commit had gone through keeps its true outcome.
         """
@@ -284,7 +284,7 @@ class Runner:
             live, orphan, code = self.unclosed[0]
             self.reap(orphan, code)
             self.unclosed.pop(0)
-            if not live.owned:
+            if live is not None and not live.owned:
                 # What was shown here and never stored is no part of the log.
                 live.disown()
 
@@ -376,7 +376,15 @@ class Runner:
             self.go_on(live, self._show(live, turn, Outcome(State.FAILED, "worker_lost"), None))
         call(callbacks, "worker_lost")
 
-    def reap(self, orphan: Orphan, code: str = "worker_lost") -> None:
+    def reap_later(self, orphan: Orphan) -> None:
+        """Close another worker's turn when the store is back.
+
+        It may be taken over already: then it is ours, and nobody takes it for lost any more.
+        """
+        again = Orphan(orphan.key, orphan.turn_id, orphan.running, orphan.cursor)
+        self.unclosed.append((None, again, LOST))
+
+    def reap(self, orphan: Orphan, code: str = LOST) -> None:
         """End a turn nobody runs: in its log, in the transcript, in what the model reads."""
         claim = self._store.take_over(orphan, self.worker)
         if claim is None:
