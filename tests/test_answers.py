@@ -63,7 +63,7 @@ def finish(w: Web, sid: str = "s") -> list[dict[str, t.Any]]:
     while True:
         page = w.get(f"/chat/{sid}/events?after={cursor}&wait=5").json
         events, cursor = events + page["events"], page["cursor"]
-        if page["state"] == "idle" and not page["events"]:
+        if page["state"] == "idle":
             return events
         assert time.monotonic() < until, events[-3:]
 

@@ -15,7 +15,6 @@ from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import QuestionClosed
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.errors import WebError
-from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.question import Question
 from agentao_web.core.question import Reply
