@@ -696,7 +696,7 @@ def test_waiting_is_no_running_time(probe: cabc.Callable[..., Probe]) -> None:
 
 def test_a_turn_waits_for_people_only_so_long(probe: cabc.Callable[..., Probe]) -> None:
     script = Asker()
-    one = probe(script, max_waiting_time=60.0)
+    one = probe(script, max_waiting_time=60.0, stop_grace=1000.0)
     started = one.start()
     asked(one, started)
     one.pool.tick(one.pool.clock() + 61)
@@ -717,7 +717,7 @@ def test_the_disconnect_clock_stands_still_while_it_waits(
         gate.arrived.release()
         assert stopped.wait(PATIENCE)
 
-    one = probe(asks, disconnect_grace=10.0)
+    one = probe(asks, disconnect_grace=10.0, stop_grace=1000.0)
     started = one.start(on_disconnect="cancel")
     question_id = asked(one, started)
     with Reader(started.live, one.store, started.cursor, turn=started.turn) as reader:
@@ -962,5 +962,6 @@ def test_in_any_order_each_question_is_closed_once_as_its_row_says(crew: Crew, s
         row = one.store.question(one.key(), question_id)
         assert row is not None
         assert outcomes == {row.outcome}, "everybody was told the same"
-        assert shut.get(question_id, "cancelled") == row.outcome
+        # One answered before its event was written may never be shown: the turn was stopped.
+        assert shut.get(question_id, row.outcome) == row.outcome
     assert one.store.questions(one.key()) == []
