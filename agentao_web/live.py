@@ -297,16 +297,16 @@ class Live:
         if reason is not None:
             callback(reason)
 
-    def ask(self, live: LiveTurn, question: Question) -> bool:
-        """Show that *live* waits for a person; False if it is to stop, or not heard any more."""
+    def ask(self, live: LiveTurn, question: Question) -> None:
+        """Show that *live* waits for a person, unless it is to stop, or not heard any more."""
         with self._cond:
             turn = live.turn
             if live is not self._current or not self._may_write(live) or turn.stop_reason:
-                return False
+                return
             live.questions[question.id] = question
             if turn.state is State.RUNNING:
                 turn.step("ask", self.clock())
-            return self._write(turn.id, Draft(question.kind, question.data)) is not None
+            self._write(turn.id, Draft(question.kind, question.data))
 
     def settled(self, live: LiveTurn, question: Question) -> None:
         """Show how *question*, one of *live*'s, was closed; without any left it goes on."""
@@ -476,6 +476,9 @@ class Live:
         with self._cond:
             if self._current is not None:
                 self._current.closing = True
+            looks = list(self._looks)
+        for look in looks:
+            look.set()
 
     # -- readers -------------------------------------------------------------------------------
 

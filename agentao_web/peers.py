@@ -7,7 +7,6 @@ to a session's log.
 from __future__ import annotations
 
 import collections.abc as cabc
-import contextlib
 import functools
 import logging
 import threading
@@ -157,8 +156,12 @@ class Peers:
         for orphan in orphans:
             if self._closed.is_set():
                 return
-            with contextlib.suppress(ClaimLost):  # Somebody else has it.
+            try:
                 self._runner.reap(orphan)
+            except ClaimLost:
+                pass  # Somebody else has it.
+            except StoreUnavailable:
+                self._runner.reap_later(orphan)
 
     def _aside(self, kind: str, work: cabc.Callable[[], None]) -> None:
         """Do *work* on a thread of its own, unless the last one of that *kind* is still at it."""

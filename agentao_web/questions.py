@@ -26,6 +26,8 @@ from agentao_web.store import Store
 
 #: The signal to a worker that one of its questions was answered elsewhere.
 ANSWERED: t.Final = "question_answered"
+#: Who closes what a lost worker asked.
+LOST: t.Final = "worker_lost"
 #: How often an open question's row is looked at without being told to, in seconds.
 _LOOK: t.Final = 5.0
 #: How often a store that is away is asked again, in seconds.
@@ -67,14 +69,15 @@ class Questions:
         with live.looking() as look:
             # The row first: whoever sees the event may answer at once.
             self._store.ask(claim, question)
-            turn_goes_on = live.ask(turn, question)
+            live.ask(turn, question)
             self._note(live)
-            if turn_goes_on:
-                live.on_stop(turn, lambda reason: look.set())
+            live.on_stop(turn, lambda reason: look.set())
             question = self._wait(live, turn, question, look)
         live.settled(turn, question)
         self._note(live)
-        record(live.key, turn.turn.id, question)
+        if question.by != LOST:
+            # Of those whoever closes the turn tells.
+            record(live.key, turn.turn.id, question)
         if over := _over(turn):
             # What was approved in the very moment of the stop is not done any more.
             return cancelled(question, over)
@@ -105,6 +108,11 @@ class Questions:
                 if over is not None:
                     return cancelled(question, over)
                 look.wait(_RETRY)
+                look.clear()
+
+    def abandon(self, key: SessionKey, question_id: str) -> Question:
+        """Nobody waits for it any more, its worker is lost; how it is closed."""
+        return self._store.settle(key, question_id, "cancelled", by=LOST)
 
     def _settle(self, key: SessionKey, question: Question, outcome: str, by: str) -> Question:
         return self._store.settle(key, question.id, outcome, by=by)

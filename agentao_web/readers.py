@@ -64,6 +64,8 @@ class Reader:
         """It was shown the end: its turn's last event, or the session's farewell."""
         self.final: Event | None = None
         """That last event."""
+        self._asked: set[str] = set()
+        """Questions of another worker's turn that were shown and not yet closed."""
         self._store = store
         self._watcher = watcher
         self._sock = sock
@@ -103,7 +105,9 @@ class Reader:
     @property
     def waits_for_people(self) -> bool:
         """Whether the turn that is read waits for an answer."""
-        return self.turn is not None and self.turn.turn.state is State.WAITING
+        if self.turn is None:
+            return bool(self._asked)
+        return self.turn.turn.state is State.WAITING
 
     @property
     def leased(self) -> bool:
@@ -127,6 +131,8 @@ class Reader:
         events = self._advance(limit, max_bytes)
         if self.turn_id is not None:
             events = [e for e in events if e.turn_id == self.turn_id or e.type == "gap"]
+            if self.turn is None:
+                self._look_for_questions(events)
             if events and events[-1].type in _ENDS:
                 self._tell(events[-1])
         if not self.told and unstored is not None and unstored.seq is None:
@@ -138,6 +144,14 @@ class Reader:
         if events and events[0].type == "gap":
             events[0] = dataclasses.replace(events[0], ts=self.live.clock())
         return joined(events)
+
+    def _look_for_questions(self, events: list[Event]) -> None:
+        """Another worker's turn tells of its state by its events only."""
+        for event in events:
+            if event.type == "question_closed":
+                self._asked.discard(event.data["question_id"])
+            elif "question_id" in event.data:
+                self._asked.add(event.data["question_id"])
 
     def _look_for_the_end(self) -> None:
         """The turn's last event may be gone from the log: pruned, or read before this reader."""

@@ -18,7 +18,6 @@ from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
 from agentao_web.core.question import Question
-from agentao_web.core.question import cancelled
 from agentao_web.core.question import closed
 from agentao_web.core.transcript import Transcript
 from agentao_web.core.transcript import lost_note
@@ -30,6 +29,7 @@ from agentao_web.core.turn import terminal
 from agentao_web.live import Callback
 from agentao_web.live import Live
 from agentao_web.live import LiveTurn
+from agentao_web.questions import LOST
 from agentao_web.questions import Questions
 from agentao_web.questions import record
 from agentao_web.store import Finish
@@ -229,8 +229,8 @@ class Runner:
         )
         self.worker = ""
         """Who writes the rows: a fresh name per process."""
-        self.unclosed: list[tuple[Live, Orphan, str]] = []
-        """Our own turns whose claim or end the store may not have: to be closed when it is back."""
+        self.unclosed: list[tuple[Live | None, Orphan, str]] = []
+        """Turns whose claim or end the store may not have: to be closed when it is back."""
         self.writer = writer
         self._store = store
         self._agents = agents
@@ -276,7 +276,7 @@ class Runner:
         self.unclosed.append((live, Orphan(live.key, turn.turn.id, True, turn.cursor), code))
 
     def close_ours(self) -> None:
-        """Close our own turns that the store could not, now that it is back; raises if it is not.
+        """Close turns that the store could not, now that it is back; raises if it is not.
 
         One whose commit had gone through keeps its true outcome.
         """
@@ -284,7 +284,7 @@ class Runner:
             live, orphan, code = self.unclosed[0]
             self.reap(orphan, code)
             self.unclosed.pop(0)
-            if not live.owned:
+            if live is not None and not live.owned:
                 # What was shown here and never stored is no part of the log.
                 live.disown()
 
@@ -376,20 +376,32 @@ class Runner:
             self.go_on(live, self._show(live, turn, Outcome(State.FAILED, "worker_lost"), None))
         call(callbacks, "worker_lost")
 
-    def reap(self, orphan: Orphan, code: str = "worker_lost") -> None:
+    def reap_later(self, orphan: Orphan) -> None:
+        """Close another worker's turn when the store is back.
+
+        It may be taken over already: then it is ours, and nobody takes it for lost any more.
+        """
+        again = Orphan(orphan.key, orphan.turn_id, orphan.running, orphan.cursor)
+        self.unclosed.append((None, again, LOST))
+
+    def reap(self, orphan: Orphan, code: str = LOST) -> None:
         """End a turn nobody runs: in its log, in the transcript, in what the model reads."""
         claim = self._store.take_over(orphan, self.worker)
         if claim is None:
             return
         transcript = Transcript()
         message = ""
+        asked: dict[str, bool] = {}
         for event in self._events_of(orphan):
             transcript.add(event)
             if event.type == "turn_begin":
                 message = event.data["message"]
+            elif "question_id" in event.data:
+                asked[event.data["question_id"]] = event.type != "question_closed"
         outcome = Outcome(State.FAILED, code)
         now, first = self._clock(), t.cast(int, claim.opening.seq)
-        drafts = [*self._closings(orphan), terminal(outcome, duration_ms=0)]
+        questions = self._abandoned(orphan, [q for q, is_open in asked.items() if is_open])
+        drafts = [*map(closed, questions), terminal(outcome, duration_ms=0)]
         events = [
             Event(first + n, orphan.turn_id, draft.type, draft.data, now, draft.extra)
             for n, draft in enumerate(drafts)
@@ -398,11 +410,18 @@ class Runner:
         appended = self._note(message, transcript) if message else []
         self._store.finish(claim, Finish(events, outcome, entries, appended, False, now))
         self._log.warning("turn %s was left open, and is closed: %s", orphan.turn_id, code)
+        for question in questions:
+            if question.by == LOST:
+                record(orphan.key, orphan.turn_id, question)
 
-    def _closings(self, orphan: Orphan) -> list[Draft]:
-        """What is to be said of the questions that nobody waits for any more."""
-        found = [q for q in self._store.questions(orphan.key) if q.turn_id == orphan.turn_id]
-        return [closed(cancelled(question)) for question in found]
+    def _abandoned(self, orphan: Orphan, asked: list[str]) -> list[Question]:
+        """Its questions that nobody waits for any more, closed; also those answered unheard.
+
+        *asked* are those that are open as its log has it; the rows say how they are closed.
+        """
+        mine = [q.id for q in self._store.questions(orphan.key) if q.turn_id == orphan.turn_id]
+        ids = dict.fromkeys([*asked, *mine])
+        return [self.questions.abandon(orphan.key, question_id) for question_id in ids]
 
     def _events_of(self, orphan: Orphan) -> cabc.Iterator[Event]:
         cursor = orphan.cursor

@@ -179,7 +179,7 @@ def start_turn(parts: Parts, key: SessionKey) -> Response:
         final = None
         if wait or started.status not in ("queued", "running"):
             final = ending(reader, wait=wait or 0)
-    response = jsonify(_result(key, started, final)) if final else _accepted(key, started)
+    response = jsonify(_result(key, started, final)) if final else _accepted(parts, key, started)
     if wait is not None:
         response.headers["Preference-Applied"] = f"wait={wait}"
     return response
@@ -484,17 +484,25 @@ def _stream(reader: Reader, slot: Slot | None, *, follow: bool = False) -> Respo
     return response
 
 
-def _accepted(key: SessionKey, started: Started) -> Response:
-    url = url_for(".events", sid=key.id, after=started.cursor)
+def _asked(parts: Parts, key: SessionKey, started: Started) -> list[Question]:
+    """What a turn that was accepted, here or on another worker, waits for."""
     turn = started.turn
-    waits = turn is not None and turn.turn.state is State.WAITING
+    if turn is None:
+        found = parts.pool.store.questions(key)
+        return [question for question in found if question.turn_id == started.turn_id]
+    return list(turn.questions.values()) if turn.turn.state is State.WAITING else []
+
+
+def _accepted(parts: Parts, key: SessionKey, started: Started) -> Response:
+    url = url_for(".events", sid=key.id, after=started.cursor)
+    questions = _asked(parts, key, started)
     response = jsonify(
         session_id=key.id,
         turn_id=started.turn_id,
-        status="waiting" if waits else started.status,
+        status="waiting" if questions else started.status,
         cursor=started.cursor,
         events_url=url,
-        questions=[_question(q) for q in list(turn.questions.values())] if turn and waits else [],
+        questions=[_question(question) for question in questions],
     )
     response.status_code = 202
     response.headers["Location"] = url

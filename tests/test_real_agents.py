@@ -20,6 +20,7 @@ from agentao_web.auth import Tokens
 from agentao_web.extension import pool_of
 from tests.model_server import ModelServer
 from tests.model_server import call
+from tests.model_server import calls
 from tests.model_server import fail
 from tests.model_server import say
 
@@ -334,6 +335,75 @@ def test_the_user_is_asked_and_the_model_is_told(
     assert w.idle()["reply"] == "well then"
     told = w.model.requests[-1].body["messages"][-1]["content"]
     assert told == "b" if answered else "nobody answered in time" in told
+
+
+def test_all_calls_of_a_batch_are_asked_about_before_any_runs(web: cabc.Callable[..., Web]) -> None:
+    w = web()
+    wanted = [
+        ("write_file", {"file_path": f"{n}.txt", "content": n}, f"call_{n}") for n in ("a", "b")
+    ]
+    w.model.script(calls(wanted), say("well then"))
+    w.post("go")
+    first = w.question("tool_confirmation")
+    w.answer(first, approve=True)
+    second = first
+    until = time.monotonic() + PATIENCE
+    while second["question_id"] == first["question_id"]:
+        assert time.monotonic() < until
+        second = w.question("tool_confirmation")
+    assert not list(w.workspace().glob("*.txt")), "nothing ran yet"
+    w.answer(second, approve=False)
+    assert w.idle()["reply"] == "well then"
+    assert [path.name for path in w.workspace().glob("*.txt")] == ["a.txt"]
+    told = {m["tool_call_id"]: m["content"] for m in w.model.requests[-1].body["messages"][-2:]}
+    assert "not approved" in told["call_b"] and "Do not retry" in told["call_b"]
+    assert "not approved" not in told["call_a"]
+    complete = {
+        e["data"]["call_id"]: e["data"]["status"]
+        for e in w.events()
+        if "tool_c" in e["type"] and "status" in e["data"]
+    }
+    assert complete == {first["call_id"]: "ok", second["call_id"]: "denied"}
+
+
+def test_a_read_only_agent_is_refused_without_asking(web: cabc.Callable[..., Web]) -> None:
+    w = web(policy="read-only")
+    assert w.ask(_WRITE)["reply"] == "and then"
+    assert not (w.workspace() / "a.txt").exists()
+    kinds = {e["type"] for e in w.events()}
+    assert "tool_confirmation" not in kinds
+    status = [e["data"]["status"] for e in w.events() if e["type"] == "tool_complete"]
+    assert status == ["denied"]
+
+
+def test_a_tenants_rules_are_its_own(web: cabc.Callable[..., Web], tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text('[default]\npolicy = "read-only"\n[tenants.acme]\npolicy = "trusted"\n')
+    w = web(tenants=str(tenants))
+    w.ask(_WRITE)
+    assert (w.workspace() / "a.txt").read_text() == "x"
+    token = Tokens([KEY]).issue(Principal("other", "ann"), ttl=600)
+    headers = {
+        "Authorization": f"Bearer {token}",
+        "Accept": "application/json",
+        "Prefer": "wait=20",
+    }
+    body = w.client.post("/chat/s", json={"message": _WRITE}, headers=headers).json
+    assert body["status"] == "completed"
+    page = w.client.get("/chat/s/events?wait=0", headers=headers).json["events"]
+    assert [e["data"]["status"] for e in page if e["type"] == "tool_complete"] == ["denied"]
+
+
+def test_several_choices_are_told_to_the_model(web: cabc.Callable[..., Web]) -> None:
+    w = web()
+    asked = {"question": "which?", "options": ["a", "b", "c"], "multiple": True}
+    w.model.script(call("ask_user", asked), say("well then"))
+    w.post("go")
+    question = w.question("ask_user_requested")
+    assert question["multiple"] is True
+    w.answer(question, answer=["c", "a"])
+    assert w.idle()["reply"] == "well then"
+    assert w.model.requests[-1].body["messages"][-1]["content"] == "c, a"
 
 
 def test_there_is_no_shell_web_or_mcp_to_call(web: cabc.Callable[..., Web]) -> None:

@@ -42,12 +42,17 @@ def rememberable(tool: str, args: t.Any, shown: t.Any) -> bool:
 
     What is kept is shortened: two long commands may look the same in it.
     """
-    return tool not in _CALL_BY_CALL or args == shown
+    return _aside(tool) is None or args == shown
 
 
 def _grant(tool: str, args: t.Any) -> str:
-    aside = _CALL_BY_CALL.get(tool)
+    aside = _aside(tool)
     if aside is None or not isinstance(args, dict):
         return tool
     call = {name: value for name, value in args.items() if name not in aside}
     return f"{tool} {json.dumps(call, sort_keys=True)}"
+
+
+def _aside(tool: str) -> frozenset[str] | None:
+    # A sub-agent's calls come as "[its name] tool".
+    return _CALL_BY_CALL.get(tool.rpartition("] ")[2])

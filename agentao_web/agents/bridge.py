@@ -142,6 +142,7 @@ class Bridge:
             "tool": self.text(tool_name, 128),
             "description": self.text(description, RESULT_LIMIT),
             "args": shown,
+            "truncated": not _fits(args),
             "remember": spans,
         }
         if spans and (span := self._approvals.covers(tool_name, shown)):
@@ -149,7 +150,7 @@ class Bridge:
             return True
         question = stage.ask("tool_confirmation", data)
         if question.outcome == "approved":
-            if span := question.answer.get("remember"):
+            if (span := question.answer.get("remember")) in spans:
                 self._approvals.add(span, tool_name, shown)
             return True
         if question.outcome == "expired":
@@ -302,6 +303,15 @@ class Bridge:
 
     def _listed(self, kind: str, data: Data, names: cabc.Iterable[str]) -> Draft:
         return Draft(kind, {k: self.plain(data[k]) for k in names if k in data})
+
+
+def _fits(value: t.Any, depth: int = 0) -> bool:
+    """Whether ``plain`` shows all of *value*."""
+    if isinstance(value, cabc.Mapping | list | tuple):
+        inner = value.values() if isinstance(value, cabc.Mapping) else value
+        short = depth < _DEPTH_LIMIT and len(value) <= _ITEMS_LIMIT
+        return short and all(_fits(v, depth + 1) for v in inner)
+    return not isinstance(value, str) or len(value) <= RESULT_LIMIT
 
 
 _USAGE: t.Final = (
