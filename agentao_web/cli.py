@@ -19,6 +19,7 @@ from flask import current_app
 from flask import has_app_context
 from flask.cli import with_appcontext
 
+from agentao_web import doctor
 from agentao_web.agents.workspaces import Workspaces
 from agentao_web.auth import DEMO_PRINCIPAL
 from agentao_web.auth import DEMO_TOKEN
@@ -29,6 +30,8 @@ from agentao_web.core.errors import WebError
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
 from agentao_web.core.names import is_session_id
+from agentao_web.doctor import machine
+from agentao_web.doctor import proxy
 from agentao_web.extension import create_app
 from agentao_web.extension import open_store
 from agentao_web.store import SessionRow
@@ -36,6 +39,8 @@ from agentao_web.store import Store
 from agentao_web.store.sql import SqlStore
 
 _DAY: t.Final = 86_400
+#: The doctor's own token is good for one visit.
+_DOCTOR_SECONDS: t.Final = 900
 #: Never below zero: what is meant as "days ago" must not become "all of them".
 _DAYS: t.Final = click.FloatRange(0)
 _MOMENT: t.Final = click.FloatRange(0)
@@ -374,6 +379,107 @@ _commands(main, _environment, lambda function: function)
 _commands(flask_group, _application, with_appcontext)
 _operator(main, _environment, lambda function: function)
 _operator(flask_group, _application, with_appcontext)
+
+
+def _doctor(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) -> None:
+    """What is wrong, and the line that cures it."""
+
+    @group.command("doctor")
+    @click.option("--url", help="Look at the server there too, through what is before it.")
+    @click.option("--token", help="A bearer token for it; one is made if there are keys.")
+    @click.option("--header", multiple=True, help="NAME: VALUE, for a login of the host's.")
+    @click.option("--ca", type=click.Path(exists=True), help="Certificates to trust, for --url.")
+    @click.option("--message", default=proxy.MESSAGE, show_default=True, help="What is said there.")
+    @click.option(
+        "--patience",
+        type=click.FloatRange(1),
+        help="Seconds of silence to sit through there; AGENTAO_HEARTBEAT and 10 unless told.",
+    )
+    @click.option("--no-model", is_flag=True, help="Do not ask the model.")
+    @click.option("--pid", type=int, help="Gunicorn's master: look at its limits, not at ours.")
+    @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+    @wrap
+    def doctor_command(as_json: bool, **options: t.Any) -> None:
+        """Look for what is wrong with the settings, this machine and, with --url, the proxy.
+
+        Ends with 1 if anything is wrong. Run it as the server's user, with its environment.
+
+        Example: agentao-web doctor --url https://agents.example.com
+        """
+        findings = []
+        for found in _examine(read, **options):
+            findings.append(found)
+            if not as_json:
+                for line in doctor.lines([found]):
+                    click.echo(line)
+        if as_json:
+            _print(doctor.as_dict(findings))
+        sys.exit(0 if doctor.all_well(findings) else 1)
+
+
+def _examine(
+    read: Read, *, url: str | None, no_model: bool, pid: int | None, **visit: t.Any
+) -> t.Iterator[doctor.Finding]:
+    try:
+        settings = read()
+        # Reads the same settings again, and is a RuntimeError where they are wrong.
+        from agentao_web import workers
+    except (click.ClickException, RuntimeError) as exc:
+        yield doctor.wrong("settings", str(exc))
+        return
+    parts = current_app.extensions["agentao_web"] if has_app_context() else None
+    own_login = parts is not None and parts.own_login
+    yield from machine.examine(
+        machine.Case(
+            settings,
+            machine.Server(workers.threads, workers.worker_connections, workers.graceful_timeout),
+            os.environ,
+            own_login=own_login,
+            own_agents=parts is not None and not machine.names_a_model(os.environ),
+            ask_model=not no_model,
+            pid=pid,
+        )
+    )
+    if url:
+        yield from proxy.examine(_site(settings, url, own_login=own_login, **visit))
+
+
+def _site(
+    settings: Settings,
+    url: str,
+    *,
+    own_login: bool,
+    token: str | None,
+    header: t.Sequence[str],
+    ca: str | None,
+    message: str,
+    patience: float | None,
+) -> proxy.Site:
+    headers = {}
+    for line in header:
+        name, colon, value = line.partition(":")
+        if not colon:
+            raise click.UsageError("--header is NAME: VALUE")
+        headers[name.strip()] = value.strip()
+    if token is None and not own_login:
+        token = DEMO_TOKEN if settings.demo else None
+        if token is None and settings.secret_keys:
+            token = Tokens(settings.secret_keys).issue(Principal("doctor"), ttl=_DOCTOR_SECONDS)
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    return proxy.Site(
+        url,
+        headers,
+        max_body=settings.max_body,
+        patience=patience or settings.heartbeat + 10,
+        message=message,
+        metrics_token=getattr(settings, "metrics_token", None),
+        ca=ca,
+    )
+
+
+_doctor(main, _environment, lambda function: function)
+_doctor(flask_group, _application, with_appcontext)
 
 
 @main.command()

@@ -13,6 +13,7 @@ import typing as t
 
 from flask import Blueprint
 from flask import Response
+from flask import after_this_request
 from flask import current_app
 from flask import jsonify
 from flask import request
@@ -131,11 +132,19 @@ def _guarded(entry: openapi.Route) -> View:
         if entry.public:
             return entry.view(parts)
         principal = identify(request, parts.authenticate)
+        if "X-Agentao-Doctor" in request.headers:
+            after_this_request(functools.partial(_name_worker, parts))
         if "sid" not in arguments:
             return entry.view(parts, principal)
         return entry.view(parts, _key(principal, arguments["sid"]))
 
     return view
+
+
+def _name_worker(parts: Parts, response: Response) -> Response:
+    """Say which worker this is, so that the doctor can tell them apart."""
+    response.headers["X-Agentao-Worker"] = parts.pool.alias
+    return response
 
 
 def _key(principal: Principal, sid: str) -> SessionKey:

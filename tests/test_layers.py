@@ -40,7 +40,8 @@ DOORS: dict[str, set[str]] = {
         "views",
     },
     "workers": {"config", "extension"},
-    "cli": {"agents", "auth", "config", "core", "extension", "store"},
+    "doctor": {"agents", "config", "core", "store"},
+    "cli": {"agents", "auth", "config", "core", "doctor", "extension", "store", "workers"},
     "testing": {"agents", "core"},
     "__init__": {"agents", "core", "extension"},
 }
@@ -54,7 +55,7 @@ ONLY_IN = {
     "itsdangerous": {"auth"},
     "gunicorn": {"workers"},
     "sqlalchemy": {"store"},
-    "httpx2": {"agents"},
+    "httpx2": {"agents", "doctor"},
     "httpcore2": {"agents"},
     "openai": {"agents"},
     "regex": {"agents"},

@@ -161,7 +161,7 @@ class AgentaoAgents:
         if factory is None and "sandbox" in shells:
             sandbox.check(options.root)
         if factory is None and not options.demo:
-            self._llm = _model(environ)
+            self._llm = model(environ)
 
     def build(self, key: SessionKey, history: History) -> AgentaoAgent:
         guards.install()
@@ -357,7 +357,7 @@ def _servers(
     return read_servers(file, environ, call_timeout=call_timeout)
 
 
-def _model(environ: cabc.Mapping[str, str]) -> dict[str, t.Any]:
+def model(environ: cabc.Mapping[str, str]) -> dict[str, t.Any]:
     """The model the environment names, in Agentao's own words for it."""
     try:
         found = discover_llm_kwargs(env=environ)

@@ -444,6 +444,11 @@ class SqlStore:
 
         self._retried(attempt)
 
+    def clock(self) -> float:
+        """The time leases are measured by: the database's, or ours for SQLite."""
+        with self._db.read() as db:
+            return float(db.execute(sa.select(self._now())).scalar_one())
+
     def leave(self, worker: str) -> None:
         with self._db.write() as db:
             db.execute(sa.delete(signals).where(signals.c.worker == worker))
