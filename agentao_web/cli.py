@@ -467,11 +467,13 @@ def _site(
             token = Tokens(settings.secret_keys).issue(Principal("doctor"), ttl=_DOCTOR_SECONDS)
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
+    seconds = patience or settings.heartbeat + 10
     return proxy.Site(
         url,
         headers,
         max_body=settings.max_body,
-        patience=patience or settings.heartbeat + 10,
+        patience=seconds,
+        wait=max(1, min(60, int(seconds))),
         message=message,
         metrics_token=getattr(settings, "metrics_token", None),
         ca=ca,

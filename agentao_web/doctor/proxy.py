@@ -57,6 +57,8 @@ class Site:
     """AGENTAO_MAX_BODY there."""
     patience: float
     """Seconds of silence to sit through: more than AGENTAO_HEARTBEAT there."""
+    wait: int = 60
+    """Seconds a long-poll is tried for."""
     message: str = MESSAGE
     metrics_token: str | None = dataclasses.field(default=None, repr=False)
     ca: str | None = None
@@ -386,7 +388,7 @@ def _silence(visit: Visit) -> Findings:
 
 def _waiting(visit: Visit) -> Findings:
     """A long-poll sits in silence, with nothing on the line."""
-    wait = max(1, min(60, int(visit.site.patience)))
+    wait = visit.site.wait
     path = f"/chat/{visit.sid}/events?wait={wait}&after={visit.cursor}"
     begin = time.monotonic()
     try:
