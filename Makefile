@@ -42,7 +42,7 @@ debian:
 	  command -v bwrap >/dev/null && { command -v nginx || test -x /usr/sbin/nginx; } >/dev/null || \
 	  { $(SUDO) apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends \
-	      postgresql openssl bubblewrap nginx-light >/dev/null; }
+	      postgresql openssl bubblewrap nginx >/dev/null; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
