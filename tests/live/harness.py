@@ -107,6 +107,11 @@ class Server:
         until = time.monotonic() + PATIENCE
         while True:
             assert self.process.poll() is None, self.log.read_text()
+            if self.sockets and not _listens(self.sockets[0]):
+                # The client below would leave a socket open.
+                assert time.monotonic() < until, self.log.read_text()
+                time.sleep(0.02)  # Between two looks at another process.
+                continue
             with contextlib.suppress(httpx.TransportError):
                 if self.client.get("/healthz", timeout=2).status_code == 200:
                     return
@@ -209,6 +214,11 @@ def model_env(model: ModelServer, **more: str) -> dict[str, str]:
         "OPENAI_MODEL": "scripted",
         **more,
     }
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(str(path)) == 0
 
 
 def eventually(condition: cabc.Callable[[], t.Any], complaint: str) -> t.Any:
