@@ -34,15 +34,16 @@ $(VENV)/.test: $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
-# What the tests need of Debian: a PostgreSQL of their own, openssl for a certificate, and
-# bubblewrap for the shell's sandbox, systemd to look at the unit.
+# What the tests need of Debian: a PostgreSQL of their own, openssl for a certificate,
+# bubblewrap for the shell's sandbox, nginx, and systemd to look at its unit.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 debian:
 	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 && command -v openssl >/dev/null && \
-	  command -v bwrap >/dev/null && command -v systemd-analyze >/dev/null || \
+	  command -v bwrap >/dev/null && { command -v nginx || test -x /usr/sbin/nginx; } >/dev/null && \
+	  command -v systemd-analyze >/dev/null || \
 	  { $(SUDO) apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends \
-	      postgresql openssl bubblewrap systemd >/dev/null; }
+	      postgresql openssl bubblewrap nginx systemd >/dev/null; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

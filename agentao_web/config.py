@@ -36,6 +36,11 @@ class Settings:
         kinds=("postgresql", "sqlite", "memory"),
     )
     workers: int = _setting(1, "Worker processes of the Gunicorn config.", least=1)
+    sockets: Path | None = _setting(
+        None,
+        "Folder of the workers' sockets, if there are several and no --bind; unset means systemd's "
+        "$RUNTIME_DIRECTORY, else agentao-sockets.",
+    )
     secret_keys: tuple[str, ...] = _setting(
         (), "Keys that sign bearer tokens, comma-separated, newest first; 16 characters or more."
     )

@@ -612,9 +612,6 @@ class SessionPool:
             self._closed.wait(grace + COMMIT_TIMEOUT)
             return
         self.wake_readers()
-        for turn, live in self._books.running():
-            if turn.claim is None:
-                self._runner.stop(live, turn, "server_shutdown")
         self._wait_quiet(lambda: self._until - min(grace / 2, self._caps.stop_grace), leave=True)
         for turn, live in self._books.running():
             self._runner.stop(live, turn, "server_shutdown")
@@ -628,11 +625,14 @@ class SessionPool:
     def _wait_quiet(self, until: cabc.Callable[[], float], *, leave: bool = False) -> None:
         """Until no turn is left or the time is up, which a hastier drain may have moved.
 
-        With *leave* turns that wait for a person are stopped: nobody will answer in time.
+        With *leave* queued turns are stopped, and those that wait for a person: nobody will answer
+        in time.
         """
         while self._books.turns and time.monotonic() < until():
             for turn, live in self._books.running() if leave else ():
-                if turn.turn.state is State.WAITING:
+                # In this order: one that is just being accepted has a claim before it says so.
+                queued = turn.accepted.is_set() and turn.claim is None
+                if queued or turn.turn.state is State.WAITING:
                     self._runner.stop(live, turn, "server_shutdown")
             self._books.wait_quiet(
                 lambda: not self._books.turns, min(until(), time.monotonic() + _TICK)

@@ -1,8 +1,8 @@
 """Gunicorn's side: its settings for us, and the hooks that make a worker leave cleanly.
 
-Use it as it is (``-c python:agentao_web.workers``) or import the three hooks into a config of your
-own. Gunicorn calls no hook when SIGTERM arrives and never closes a stream by itself, so the drain
-is ours: SIGTERM is seen through the handler we wrap, max_requests and a dead master by looking.
+Use it as it is (``-c python:agentao_web.workers``) or import the hooks into a config of your own.
+Gunicorn calls no hook when SIGTERM arrives and never closes a stream by itself, so the drain is
+ours: SIGTERM is seen through the handler we wrap, max_requests and a dead master by looking.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 import types
 import typing as t
 
+from agentao_web import addresses
 from agentao_web import extension
 from agentao_web.config import Settings
 from agentao_web.config import from_environment
@@ -24,6 +25,7 @@ _settings = Settings.from_mapping(from_environment())
 
 worker_class = "gthread"
 workers = _settings.workers
+bind = addresses.bind(_settings)
 threads = 128
 worker_connections = 1000
 keepalive = 75
@@ -39,6 +41,12 @@ _GLANCE: t.Final = 0.25
 _MARGIN: t.Final = 10
 #: Seconds turns get when the worker has to leave at once (SIGINT, SIGQUIT).
 _QUICK_GRACE: t.Final = 1.0
+
+# One worker, one address.
+on_starting = addresses.on_starting
+nworkers_changed = addresses.nworkers_changed
+pre_fork = addresses.pre_fork
+post_fork = addresses.post_fork
 
 
 def post_worker_init(worker: t.Any) -> None:

@@ -724,6 +724,42 @@ def test_a_short_turn_may_finish_during_the_drain(probe: Make) -> None:
     assert not drain.is_alive()
 
 
+def test_a_turn_that_is_just_being_accepted_runs_during_the_drain(probe: Make) -> None:
+    """It is no queued one, though it has no claim yet: its client would be refused for nothing."""
+    gate, claiming = Gate(), Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        if request.message == "long":
+            gate.stand()
+
+    p = probe(script)
+    long = p.start("long", "b")
+    gate.meet()
+    good = p.store.claim
+
+    def claim(key: SessionKey, *args: t.Any) -> t.Any:
+        if key.id == "a":
+            claiming.stand()
+        return good(key, *args)
+
+    p.store.claim = claim
+    started: list[Started] = []
+    post = threading.Thread(target=lambda: started.append(p.start("short", "a")))
+    post.start()
+    claiming.meet()
+    queued = p.start("queued", "b", on_busy="queue")
+    drain = threading.Thread(target=p.pool.drain, args=(30,))
+    drain.start()
+    assert p.finish(queued).data["reason"] == "server_shutdown", "the drain has looked at all"
+    claiming.opened.set()
+    post.join(PATIENCE)
+    assert p.finish(started[0]).data["status"] == "completed"
+    gate.opened.set()
+    assert p.finish(long).data["status"] == "completed"
+    drain.join(PATIENCE)
+    assert not drain.is_alive()
+
+
 def test_a_drain_in_a_hurry_overtakes_the_one_before(probe: Make) -> None:
     p = probe(until_stopped)
     started = p.start()

@@ -31,7 +31,10 @@ def token(tenant: str = "acme", user: str = "ann") -> str:
 
 
 class Server:
-    """A gunicorn master and its workers, in a process group of their own."""
+    """A gunicorn master and its workers, in a process group of their own.
+
+    With *addresses* that many workers, and each at a socket of its own (``upstreams``).
+    """
 
     def __init__(
         self,
@@ -39,9 +42,14 @@ class Server:
         *args: str,
         app: str = "wsgi_app:app",
         conf: str | None = str(PROJECT / "gunicorn.conf.py"),
+        addresses: int = 0,
         **env: str,
     ) -> None:
         self.folder = folder
+        self.sockets = [folder / "run" / f"{number}.sock" for number in range(addresses)]
+        self.upstreams = [f"unix:{path}" for path in self.sockets]
+        if addresses:
+            env = {"AGENTAO_WORKERS": str(addresses), "AGENTAO_SOCKETS": str(folder / "run"), **env}
         self.log = folder / "gunicorn.log"
         (folder / "home").mkdir(exist_ok=True)
         with (
@@ -52,7 +60,8 @@ class Server:
             self.port = listener.getsockname()[1]
             listener.set_inheritable(True)
             command = [sys.executable, "-m", "gunicorn", *(("-c", conf) if conf else ())]
-            command += ["--bind", f"fd://{listener.fileno()}", *args, app]
+            command += [] if addresses else ["--bind", f"fd://{listener.fileno()}"]
+            command += [*args, app]
             self.process = subprocess.Popen(
                 command,
                 cwd=PROJECT,
@@ -63,13 +72,25 @@ class Server:
                 start_new_session=True,
             )
         self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx.Client(
+        self.client = self.at(0) if addresses else self._client()
+        try:
+            self._until_alive()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def at(self, number: int) -> httpx.Client:
+        """A client of one worker; close it."""
+        return self._client(transport=httpx.HTTPTransport(uds=str(self.sockets[number])))
+
+    def _client(self, **options: t.Any) -> httpx.Client:
+        return httpx.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token()}"},
             timeout=httpx.Timeout(PATIENCE),
             trust_env=False,
+            **options,
         )
-        self._until_alive()
 
     def _environ(self, env: dict[str, str]) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("AGENTAO_", "OPENAI_"))}
@@ -86,8 +107,13 @@ class Server:
         until = time.monotonic() + PATIENCE
         while True:
             assert self.process.poll() is None, self.log.read_text()
+            if self.sockets and not _listens(self.sockets[0]):
+                # The client below would leave a socket open.
+                assert time.monotonic() < until, self.log.read_text()
+                time.sleep(0.02)  # Between two looks at another process.
+                continue
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(self.url + "/healthz", timeout=2, trust_env=False).status_code == 200:
+                if self.client.get("/healthz", timeout=2).status_code == 200:
                     return
             assert time.monotonic() < until, self.log.read_text()
 
@@ -188,6 +214,11 @@ def model_env(model: ModelServer, **more: str) -> dict[str, str]:
         "OPENAI_MODEL": "scripted",
         **more,
     }
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(str(path)) == 0
 
 
 def eventually(condition: cabc.Callable[[], t.Any], complaint: str) -> t.Any:
