@@ -432,7 +432,7 @@ def _examine(
     yield from machine.examine(
         machine.Case(
             settings,
-            machine.Server(workers.threads, workers.worker_connections, workers.graceful_timeout),
+            machine.Server(**workers.told()),
             os.environ,
             own_login=own_login,
             own_agents=parts is not None and not machine.names_a_model(os.environ),

@@ -7,14 +7,18 @@ ours: SIGTERM is seen through the handler we wrap, max_requests and a dead maste
 
 from __future__ import annotations
 
+import collections.abc as cabc
 import gc
 import logging
 import os
 import select
+import shlex
 import signal
 import threading
 import types
 import typing as t
+
+from gunicorn.config import Config
 
 from agentao_web import addresses
 from agentao_web import extension
@@ -47,6 +51,18 @@ on_starting = addresses.on_starting
 nworkers_changed = addresses.nworkers_changed
 pre_fork = addresses.pre_fork
 post_fork = addresses.post_fork
+
+
+def told(environ: cabc.Mapping[str, str] = os.environ) -> dict[str, int]:
+    """The sizes Gunicorn would take: ours, or those of GUNICORN_CMD_ARGS."""
+    words = shlex.split(environ.get("GUNICORN_CMD_ARGS", ""))
+    given = vars(Config().parser().parse_known_args(words)[0])
+    ours = {
+        "threads": threads,
+        "worker_connections": worker_connections,
+        "graceful_timeout": graceful_timeout,
+    }
+    return {name: ours[name] if given[name] is None else int(given[name]) for name in ours}
 
 
 def post_worker_init(worker: t.Any) -> None:

@@ -298,6 +298,14 @@ def test_few_files_are_found_and_end_with_one(tmp_path: Path) -> None:
     assert f"of process {other.pid}" in files["message"]
 
 
+def test_the_command_line_of_gunicorn_counts(tmp_path: Path) -> None:
+    arguments = "--threads 1024 --worker-connections 4096"
+    env = {"AGENTAO_DEMO": "1", "AGENTAO_ROOT": str(tmp_path), "GUNICORN_CMD_ARGS": arguments}
+    _, told = doctor(**env)
+    said = {one["check"]: one["message"] for one in told["findings"]}
+    assert "1 × 1024 threads" in said["threads"] and "may need 4296" in said["files"]
+
+
 def test_a_bad_setting_is_a_finding(tmp_path: Path) -> None:
     code, told = doctor(AGENTAO_ROOT=str(tmp_path), AGENTAO_WORKERS="many")
     assert code == 1

@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 
 import dockerfile
+import httpx
 import pytest
 import yaml
 
@@ -29,6 +30,7 @@ from agentao_web.config import from_environment
 from tests.live.harness import PATIENCE
 from tests.live.harness import PROJECT
 from tests.live.harness import Server
+from tests.live.harness import eventually
 
 DEPLOY = PROJECT / "deploy"
 UNIT = DEPLOY / "agentao-web.service"
@@ -290,3 +292,49 @@ def test_compose_starts_what_the_dockerfile_makes() -> None:
     assert web["read_only"] and web["cap_drop"] == ["ALL"]
     assert int(web["stop_grace_period"].removesuffix("s")) > workers.graceful_timeout
     assert all(port.startswith("127.0.0.1:") for port in web["ports"])
+
+
+@pytest.mark.live
+def test_the_images_command_runs_where_only_its_volume_can_be_written(
+    tmp_path: Path, recipe: list[t.Any]
+) -> None:
+    """What --read-only and the image's user make of it, without an engine."""
+    root = tmp_path / "root"
+    root.mkdir()
+    gunicorn, *arguments, app = told(recipe[-8:], "CMD").value
+    address = root / "web.sock"
+    walls = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--bind", str(root), str(root)]
+    walls += ["--unshare-user", "--uid", "10001", "--gid", "10001", "--die-with-parent"]
+    command = [*walls, sys.executable, "-m", gunicorn, *arguments, "--bind", f"unix:{address}", app]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AGENTAO_", "OPENAI_"))}
+    image = {"HOME": str(root), "AGENTAO_ROOT": str(root), "TMPDIR": str(root)}
+    with (
+        subprocess.Popen(
+            command,
+            cwd=root,
+            env={**kept, **image, "AGENTAO_DEMO": "1", "PYTHONPATH": str(PROJECT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+        httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(address)),
+            base_url="http://here",
+            timeout=PATIENCE,
+        ) as client,
+    ):
+        try:
+            eventually(address.exists, "it does not listen")
+            answer = client.post(
+                "/chat/a",
+                json={"message": "say hi"},
+                headers={
+                    "Authorization": "Bearer dev",
+                    "Accept": "application/json",
+                    "Prefer": "wait=20",
+                },
+            )
+            assert answer.json()["reply"] == "hi"
+        finally:
+            process.terminate()
+            _, log = process.communicate(timeout=PATIENCE)
+    assert "Traceback" not in log, log
