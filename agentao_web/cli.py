@@ -473,6 +473,7 @@ def _site(
         headers,
         max_body=settings.max_body,
         patience=seconds,
+        grace=settings.disconnect_grace,
         wait=max(1, min(60, int(seconds))),
         message=message,
         metrics_token=getattr(settings, "metrics_token", None),

@@ -32,12 +32,18 @@ Findings = cabc.Iterator[Finding]
 ASKING, WORKER = "X-Agentao-Doctor", "X-Agentao-Worker"
 #: What makes the demo model talk for two seconds, and any other for about as long.
 MESSAGE: t.Final = "count to 60"
+#: What takes the demo model a minute, if nobody stops it.
+_LONG_MESSAGE: t.Final = "take 60 seconds"
+#: Seconds a turn may go on after the grace, and between two looks at it.
+_MARGIN, _GLANCE = 10.0, 0.3
 #: Seconds an answer may take that waits for nothing.
 _PATIENCE: t.Final = 30.0
 #: Seconds by which the middle event may come later than the fastest, and still be a stream.
 _LATE: t.Final = 0.2
 #: Seconds a model has to talk for that to be seen.
 _LONG_ENOUGH: t.Final = 0.5
+#: Seconds without a line that are silence.
+_SILENCE: t.Final = 0.5
 #: Sessions asked for their worker, and how often each.
 _SESSIONS, _TIMES = 12, 3
 #: Seconds the server's clock may be off, and until a certificate ends.
@@ -57,6 +63,8 @@ class Site:
     """AGENTAO_MAX_BODY there."""
     patience: float
     """Seconds of silence to sit through: more than AGENTAO_HEARTBEAT there."""
+    grace: float = 10.0
+    """AGENTAO_DISCONNECT_GRACE there."""
     wait: int = 60
     """Seconds a long-poll is tried for."""
     message: str = MESSAGE
@@ -350,19 +358,24 @@ def _silence(visit: Visit) -> Findings:
     """A stream that says nothing gets a comment before the proxy loses its patience."""
     path = f"/chat/{visit.sid}/events?follow=1&after={visit.cursor}"
     patience, begin = visit.site.patience, time.monotonic()
-    how = "ended"
+    how, before = "ended", begin
     try:
         with visit.http.stream("GET", path, headers=_SSE, timeout=patience) as response:
             if response.status_code != 200:
                 yield wrong("timeout", f"GET …/events answers {response.status_code}")
                 return
             for line in response.iter_lines():
-                if line.startswith(":"):
-                    took = time.monotonic() - begin
-                    yield ok("timeout", f"a silent stream is kept, with a comment in {took:.0f} s")
+                now = time.monotonic()
+                # Not the one a stream begins with.
+                if line.startswith(":") and now - before > _SILENCE:
+                    yield ok(
+                        "timeout", f"a silent stream gets a comment after {now - before:.0f} s"
+                    )
                     return
-                if time.monotonic() - begin > patience:
+                if now - begin > patience:
+                    how = "silent"
                     break
+                before = now
     except httpx2.ReadTimeout:
         how = "silent"
     except httpx2.TransportError:
@@ -384,6 +397,33 @@ def _silence(visit: Visit) -> Findings:
         )
     else:
         yield hint("timeout", "the server ended the stream itself: it drains", "try again")
+
+
+def _leaving(visit: Visit) -> Findings:
+    """Who leaves a stream is missed: its turn is stopped, and not paid for in vain."""
+    body = {"message": _LONG_MESSAGE, "on_disconnect": "cancel"}
+    with visit.http.stream("POST", f"/chat/{visit.sid}", json=body, headers=_SSE) as response:
+        if response.status_code != 200:
+            return
+        next((line for line in response.iter_lines() if line.startswith("data: ")), None)
+    grace = visit.site.grace
+    until = time.monotonic() + grace + _MARGIN
+    # Not by reading the log: that would be a reader who has come back.
+    while visit.get(f"/session/{visit.sid}").json().get("state") != "idle":
+        if time.monotonic() > until:
+            visit.http.post(f"/chat/{visit.sid}/cancel", headers=_JSON)
+            yield wrong(
+                "leaving",
+                f"a turn whose reader left ran on for {grace + _MARGIN:.0f} s",
+                "nginx: no `proxy_ignore_client_abort on;`; or AGENTAO_DISCONNECT_GRACE is longer "
+                "there",
+            )
+            return
+        time.sleep(_GLANCE)  # Between two looks at the server.
+    page = visit.get(f"/chat/{visit.sid}/events?wait=0&after={visit.cursor}").json()
+    if any(event["data"].get("reason") == "client_gone" for event in page.get("events", ())):
+        yield ok("leaving", "a turn whose reader leaves is stopped")
+    # Any other end was the model's own, too quick to tell.
 
 
 def _waiting(visit: Visit) -> Findings:
@@ -512,4 +552,14 @@ def _leave(visit: Visit) -> Findings:
         yield wrong("methods", f"DELETE is answered with {response.status_code}", cure)
 
 
-CHECKS: t.Final = (_stream, _silence, _waiting, _sticky, _body, _errors, _metrics, _methods)
+CHECKS: t.Final = (
+    _stream,
+    _silence,
+    _waiting,
+    _leaving,
+    _sticky,
+    _body,
+    _errors,
+    _metrics,
+    _methods,
+)

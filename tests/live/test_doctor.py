@@ -26,6 +26,7 @@ from tests.live.nginx import Nginx
 
 pytestmark = pytest.mark.live
 
+QUICK = {"AGENTAO_HEARTBEAT": "1", "AGENTAO_DISCONNECT_GRACE": "1"}
 Edit = cabc.Callable[[str], str]
 
 
@@ -37,7 +38,7 @@ def upstreams(tmp_path_factory: pytest.TempPathFactory) -> cabc.Iterator[list[st
         servers = []
         for name in ("one", "two"):
             (folder / name).mkdir()
-            shared = {"AGENTAO_ROOT": str(folder / "root"), "AGENTAO_HEARTBEAT": "1"}
+            shared = {"AGENTAO_ROOT": str(folder / "root"), **QUICK}
             servers.append(stack.enter_context(Server(folder / name, AGENTAO_DEMO="1", **shared)))
         yield [f"127.0.0.1:{server.port}" for server in servers]
 
@@ -48,6 +49,7 @@ def site(nginx: Nginx, **changes: t.Any) -> Site:
         {"Authorization": f"Bearer {token('doctor', '')}"},
         max_body=20 * 2**20,
         patience=20,
+        grace=1,
         wait=2,
         message="count to 30",
         ca=str(nginx.certificate),
@@ -81,7 +83,9 @@ def test_a_good_proxy_gets_no_complaint(tmp_path: Path, upstreams: list[str]) ->
     assert not said(findings, "wrong"), text
     assert set(said(findings, "hint")) <= {"tls", "headers"}, text
     good = said(findings, "ok")
+    assert any("gets a comment after" in f.message for f in findings), text
     assert "came as they were said" in good["buffering"] and "2 workers" in good["sticky"], text
+    assert "is stopped" in good["leaving"], text
     assert left == [], "it takes its session away again"
 
 
@@ -153,6 +157,12 @@ BROKEN: dict[str, tuple[Edit, str, str, str]] = {
         "wrong",
         "limit_except",
     ),
+    "deaf to those who leave": (
+        in_server("proxy_ignore_client_abort on;"),
+        "leaving",
+        "wrong",
+        "proxy_ignore_client_abort on;",
+    ),
     "no HTTP/2": (replaced(" ssl http2;", " ssl;"), "tls", "hint", "http2 on;"),
 }
 
@@ -179,6 +189,9 @@ def test_what_is_broken_is_found(tmp_path: Path, upstreams: list[str], name: str
         findings = list(examine(site(nginx, patience=patience)))
     text = "\n".join(lines(findings))
     assert any(f.check == check and f.level == level and cure in f.cure for f in findings), text
+    if name == "read timeout":
+        told = [f.message for f in findings if f.check == "timeout" and f.level == "wrong"]
+        assert ["stream" in message for message in told] == [True, False], text
     others = set(said(findings, "wrong")) - {check}
     assert others <= FOLLOWS.get(name, set()), text
 
@@ -206,7 +219,8 @@ def test_the_command_line_looks_through_the_proxy(tmp_path: Path, upstreams: lis
         done = subprocess.run(
             command,
             env=os.environ
-            | {"AGENTAO_DEMO": "1", "AGENTAO_ROOT": str(tmp_path), "AGENTAO_SECRET_KEYS": KEY},
+            | {"AGENTAO_DEMO": "1", "AGENTAO_ROOT": str(tmp_path), "AGENTAO_SECRET_KEYS": KEY}
+            | QUICK,
             capture_output=True,
             text=True,
             timeout=4 * PATIENCE,
