@@ -34,6 +34,8 @@ ASKING, WORKER = "X-Agentao-Doctor", "X-Agentao-Worker"
 MESSAGE: t.Final = "count to 60"
 #: What takes the demo model a minute, if nobody stops it.
 _LONG_MESSAGE: t.Final = "take 60 seconds"
+#: Seconds until a stream has begun.
+_SOON: t.Final = 5.0
 #: Seconds a turn may go on after the grace, and between two looks at it.
 _MARGIN, _GLANCE = 10.0, 0.3
 #: Seconds an answer may take that waits for nothing.
@@ -402,7 +404,12 @@ def _silence(visit: Visit) -> Findings:
 def _leaving(visit: Visit) -> Findings:
     """Who leaves a stream is missed: its turn is stopped, and not paid for in vain."""
     body = {"message": _LONG_MESSAGE, "on_disconnect": "cancel"}
-    with visit.http.stream("POST", f"/chat/{visit.sid}", json=body, headers=_SSE) as response:
+    path = f"/chat/{visit.sid}"
+    # What is buffered does not come: then it is the waiting that is given up.
+    with (
+        contextlib.suppress(httpx2.ReadTimeout),
+        visit.http.stream("POST", path, json=body, headers=_SSE, timeout=_SOON) as response,
+    ):
         if response.status_code != 200:
             return
         next((line for line in response.iter_lines() if line.startswith("data: ")), None)

@@ -89,10 +89,11 @@ def test_a_good_proxy_gets_no_complaint(tmp_path: Path, upstreams: list[str]) ->
     assert left == [], "it takes its session away again"
 
 
+BUFFERED = "proxy_buffering on; proxy_ignore_headers X-Accel-Buffering;"
 #: name -> how nginx is broken, the check that finds it, how bad it is, and a line of the cure.
 BROKEN: dict[str, tuple[Edit, str, str, str]] = {
     "buffering": (
-        in_server("proxy_buffering on; proxy_ignore_headers X-Accel-Buffering;"),
+        in_server(BUFFERED),
         "buffering",
         "wrong",
         "proxy_buffering off;",
@@ -158,7 +159,8 @@ BROKEN: dict[str, tuple[Edit, str, str, str]] = {
         "limit_except",
     ),
     "deaf to those who leave": (
-        in_server("proxy_ignore_client_abort on;"),
+        # What is passed on at once fails at once; it is what is kept back that nobody misses.
+        in_server(f"proxy_ignore_client_abort on; {BUFFERED}"),
         "leaving",
         "wrong",
         "proxy_ignore_client_abort on;",
@@ -170,6 +172,7 @@ BROKEN: dict[str, tuple[Edit, str, str, str]] = {
 #: What is collected is late too, comments as well, and a stream that is cut has no end.
 FOLLOWS = {
     "buffering": {"timeout"},
+    "deaf to those who leave": {"buffering", "timeout"},
     "gzip": {"buffering", "timeout"},
     "read timeout": {"stream"},
 }
@@ -185,7 +188,7 @@ def test_what_is_broken_is_found(tmp_path: Path, upstreams: list[str], name: str
 
     with Nginx(tmp_path, upstreams, edit=broken) as nginx:
         # Only a buffered comment is worth no waiting for.
-        patience = 5 if name == "buffering" else 20
+        patience = 5 if name in ("buffering", "deaf to those who leave") else 20
         findings = list(examine(site(nginx, patience=patience)))
     text = "\n".join(lines(findings))
     assert any(f.check == check and f.level == level and cure in f.cure for f in findings), text
