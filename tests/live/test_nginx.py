@@ -419,9 +419,10 @@ def test_a_ticket_is_in_no_log(tmp_path: Path) -> None:
                 headers={"Accept": "text/event-stream"},
             ) as response,
         ):
-            Stream(response).until("turn_begin")
+            stream = Stream(response)
+            stream.until("turn_begin")
             site.server.signal(signal.SIGKILL, site.server.workers()[0])
-            list(response.iter_lines())
+            list(stream)
         site.nginx.stop()
         assert site.nginx.access_log.read_text().count("GET /chat/s/events HTTP") == 3
         for file in site.nginx.folder.glob("*.log"):
