@@ -161,6 +161,16 @@ def log(store: Store, after: int | None = None) -> list[Event]:
 # -- claims ------------------------------------------------------------------------------------
 
 
+def test_a_turn_may_be_queued_in_a_new_session(store: Store) -> None:
+    """It waits for a place on its worker; and then it may claim."""
+    assert store.enqueue(KEY, row("t1"), limit=4, new=True) == 1
+    assert store.enqueue(KEY, row("t2"), limit=4, new=True) == 2
+    assert [turn.state for turn in store.active(KEY)] == ["queued", "queued"]
+    with pytest.raises(SessionBusy):
+        store.claim(KEY, row("t2"), OPENING, 1.0)
+    assert store.claim(KEY, row("t1"), OPENING, 1.0).turn_id == "t1"
+
+
 def test_a_claim_makes_the_session_and_writes_its_opening(store: Store) -> None:
     assert store.session(KEY) is None
     held = claim(store)
