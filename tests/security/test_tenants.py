@@ -13,6 +13,7 @@ import base64
 import collections
 import collections.abc as cabc
 import concurrent.futures
+import functools
 import itertools
 import json
 import logging
@@ -24,23 +25,17 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from flask import Flask
 
 from agentao_web import Principal
 from agentao_web.agents.workspaces import Workspaces
 from agentao_web.auth import Tokens
 from agentao_web.core.names import SessionKey
-from agentao_web.extension import pool_of
 from agentao_web.views import ROUTES
-from tests.model_server import ModelServer
 from tests.security.house import KEY
 from tests.security.house import PATIENCE
 from tests.security.house import House
 from tests.security.house import model_here
 from tests.security.house import until
-from tests.security.test_mcp import entry
-from tests.security.test_mcp import write as mcp_file
-from tests.security.test_skills import skill
 
 ANN, BOB = Principal("acme", "ann"), Principal("acme", "bob")
 EVE, DAN = Principal("beta", "ann"), Principal("beta", "dan")
@@ -176,7 +171,7 @@ def lives(people: cabc.Iterable[Principal], *sids: str) -> list[Life]:
     return [Life(number, who, sid) for number, (who, sid) in enumerate(both)]
 
 
-def live(here: Village, life: Life) -> None:
+def live(here: Village, life: Life, *, curious: bool) -> None:
     """A short life of everything a session can do, in two workers by turns."""
     who, sid, talk, file = life.who, life.sid, life.talk, life.file
     here.turn(
@@ -190,22 +185,32 @@ def live(here: Village, life: Life) -> None:
         worker=0,
         **{"Idempotency-Key": "the-same-for-all"},
     )
-    ways = ("*", "**/*", "../*", "../**/*", "/**", "../../*/*/*.txt")
-    here.turn(
-        who,
-        sid,
-        *(call("glob", pattern=pattern) for pattern in ways),
-        call("search_file_content", pattern="[TF][0-9]+-heron", regex=True),
-        call("search_file_content", pattern="heron", directory="..", regex=True),
-        call("search_file_content", pattern="heron", file_pattern="../**/*"),
-        call("list_directory", directory_path=".", recursive=True),
-        f"say {talk} looked around",
-        worker=1,
-    )
+    if curious:
+        look_around(here, life)
     here.turn(who, sid, f"fail 400 {talk} the provider's own words", worker=0)
     ask_and_answer(here, life)
     title = here.send(who, "PATCH", f"/session/{sid}", json={"title": f"title {talk}"})
     assert title.status_code == 200
+
+
+def look_around(here: Village, life: Life) -> None:
+    patterns = ("*", "**/*", "../*", "../**/*", "/**", "../../*/*/*.txt")
+    here.turn(
+        life.who,
+        life.sid,
+        *(call("glob", pattern=pattern) for pattern in patterns),
+        call("search_file_content", pattern="[TF][0-9]+-heron", regex=True),
+        call("search_file_content", pattern="heron", directory="..", regex=True),
+        call("search_file_content", pattern="heron", file_pattern="../**/*"),
+        call("list_directory", directory_path=".", recursive=True),
+        f"say {life.talk} looked around",
+        worker=1,
+    )
+
+
+def remember(here: Village, life: Life) -> None:
+    """What is remembered is in the prompt of the turn after."""
+    here.turn(life.who, life.sid, f"say heron? {life.talk}")
 
 
 def ask_and_answer(here: Village, life: Life) -> None:
@@ -252,8 +257,8 @@ ODD = (
 @pytest.mark.parametrize(
     ("workspace", "people", "sids"),
     [
-        ("user", FOUR, ("s", "S")),
-        ("tenant", FOUR, ("s", "s.")),
+        ("user", FOUR, ("s",)),
+        ("tenant", FOUR, ("s",)),
         ("session", FOUR, ("s", "s-1")),
         ("user", ODD, ("s",)),
     ],
@@ -272,9 +277,8 @@ def test_everyone_sees_their_own_and_nothing_else(
     here = village(workspace=workspace, memory=True)
     here.again()
     all_ = lives(people, *sids)
-    at_once(*(lambda life=life: live(here, life) for life in all_))  # type: ignore[misc]
-    # What is remembered is in the prompt of the turn after.
-    at_once(*(lambda x=x: here.turn(x.who, x.sid, f"say heron? {x.talk}") for x in all_))  # type: ignore[misc]
+    at_once(*(functools.partial(live, here, life, curious=len(people) == 4) for life in all_))
+    at_once(*(functools.partial(remember, here, life) for life in all_))
 
     worlds = {life: here.seen(life.who, life.sid) for life in all_}
     for life, pages in worlds.items():
@@ -350,3 +354,283 @@ def on_the_disk(here: Village, all_: list[Life], workspace: str) -> None:
             assert memory is not None and str(path).startswith(str(memory))
     assert workspace != "session" or not found, "what was deleted is gone"
     assert not [word for word in found if word.startswith("T")]
+
+
+# -- through the agents' tools ---------------------------------------------------------------------
+
+
+def test_no_tool_leads_to_a_neighbour(village: Make, tmp_path: Path) -> None:
+    """Whatever lies in the workspace already: links put there by the operator, or by a restore."""
+    here = village(max_steps=50)
+    for who in (BOB, EVE):
+        here.turn(who, "s", call("write_file", file_path="secret.txt", content="SECRET as it is"))
+    mine = len(here.model.requests)
+    here.turn(ANN, "s", call("write_file", file_path="own.txt", content="mine"))
+    own = here.place(ANN)
+    for name, who in (("bob", BOB), ("eve", EVE)):
+        theirs = here.place(who)
+        (own / f"{name}.txt").symlink_to(theirs / "secret.txt")
+        (own / f"{name}.d").symlink_to(theirs)
+        (own / f"{name}.rel").symlink_to(os.path.relpath(theirs, own))
+    (own / "up").symlink_to("..")
+    (own / "database").symlink_to(tmp_path / "root" / "agentao-web.db")
+    (own / "sub").mkdir()
+    # A neighbour whose name only begins as ours does.
+    (twin := own.with_name(own.name + "x")).mkdir()
+    (twin / "secret.txt").write_text("SECRET as it is")
+    before = _files(here, without=own)
+
+    folders = ["bob.d", "eve.d", "eve.rel", "up", f"up/{twin.name}", f"../{twin.name}", ".."]
+    folders += [str(here.place(BOB)), str(here.place(EVE)), str(twin), "~", "sub/../.."]
+    folders += [f"../{here.place(BOB).name}", "/proc/self/cwd"]
+    paths = [f"{folder}/secret.txt" for folder in folders] + ["bob.txt", "eve.txt", "database"]
+    lines = [
+        line
+        for path in paths
+        for line in (
+            call("read_file", file_path=path),
+            call("write_file", file_path=path, content="OVERWRITTEN"),
+            call("write_file", file_path=path, content="OVERWRITTEN", append=True),
+            call("replace", file_path=path, old_text="as it is", new_text="OVERWRITTEN"),
+        )
+    ]
+    lines += [
+        line
+        for folder in folders
+        for line in (
+            call("list_directory", directory_path=folder, recursive=True),
+            call("glob", pattern="**/*.txt", directory=folder),
+            call("glob", pattern=f"{folder}/*"),
+            call("search_file_content", pattern="S.CRET", regex=True, directory=folder),
+            call("search_file_content", pattern="S.CRET", regex=True, file_pattern=f"{folder}/*"),
+            call("write_file", file_path=f"{folder}/new.txt", content="NEW"),
+        )
+    ]
+    turns = [lines[at : at + 20] for at in range(0, len(lines), 20)]
+    ended = at_once(
+        *(
+            functools.partial(here.turn, ANN, f"s{number}", *turn)
+            for number, turn in enumerate(turns)
+        )
+    )
+    assert [(e["status"], e["tool_count"]) for e in ended] == [
+        ("completed", len(turn)) for turn in turns
+    ]
+    assert _files(here, without=own) == before
+    shown = [here.seen(ANN, f"s{number}") for number in range(len(turns))]
+    told = [request.body for request in here.model.requests[mine:]]
+    assert "SECRET" not in json.dumps([shown, told])
+    assert "SQLite format" not in json.dumps([shown, told])
+
+
+def _files(here: Village, *, without: Path) -> dict[str, str]:
+    """All files of all workspaces but one."""
+    top = here.folder / "root" / "workspaces"
+    paths = [p for p in top.rglob("*") if p.is_file() and not p.is_relative_to(without)]
+    return {str(path): path.read_text() for path in paths}
+
+
+def test_a_hard_link_is_a_file_of_ones_own_once_it_is_written(village: Make) -> None:
+    """Nobody but the operator can make one. It can be read; the other's file never changes."""
+    here = village()
+    here.turn(BOB, "s", call("write_file", file_path="a.txt", content="as it was"))
+    here.turn(ANN, "s", "say hi")
+    theirs = here.place(BOB) / "a.txt"
+    for n, line in enumerate(
+        (
+            call("write_file", file_path="0", content="x"),
+            call("write_file", file_path="1", content="x", append=True),
+            call("replace", file_path="2", old_text="was", new_text="is not"),
+        )
+    ):
+        os.link(theirs, here.place(ANN) / str(n))
+        here.turn(ANN, "s", line)
+        assert (here.place(ANN) / str(n)).read_text() != "as it was"
+        assert theirs.read_text() == "as it was"
+
+
+NAMES = (
+    *("AGENTAO.md", "./AGENTAO.md", "sub/../AGENTAO.md", "agentao.MD", "sub/AGENTS.md"),
+    *(".agentao/mcp.json", ".AGENTAO/mcp.json", ".agentao./skills/x/SKILL.md", ".git/config"),
+    *("skills/x/SKILL.md", "SKILLS/x/SKILL.md", "link/x/SKILL.md", ".env", ".agentao/agents/x.md"),
+    # What is drawn or compared as if it were the same.
+    *("ＡＧＥＮＴＡＯ.md", "AGENTAO\u200b.md", "AGENTAO\ufe0f.md", "AGENT\u034fS.md"),
+    *("\u3164skills/x/SKILL.md", "ski\u180bl\u17b4ls/x/SKILL.md"),
+)
+
+
+def test_an_agent_cannot_prepare_its_next_turn(village: Make) -> None:
+    here = village(memory=True)
+    here.turn(ANN, "s", "say hi")
+    (here.place(ANN) / "link").symlink_to("skills")
+    first = here.model.requests[-1].body
+    planted = json.dumps({"mcpServers": {"x": {"command": "touch", "args": ["PLANTED"]}}})
+    lines = [call("write_file", file_path=name, content=f"PLANTED {planted}") for name in NAMES]
+    here.again(max_steps=50, max_tool_calls=100)
+    here.turn(ANN, "s", *lines)
+    told = here.told(ANN, "s")
+    assert len(told) == len(NAMES)
+    for name, answer in zip(NAMES, told, strict=True):
+        assert "not allowed" in answer, name
+    assert [path.name for path in here.place(ANN).rglob("*")] == ["link"]
+    for sid in ("s", "fresh"):
+        here.evict()
+        here.turn(ANN, sid, "say hi")
+        then = here.model.requests[-1].body
+        assert then["messages"][0] == first["messages"][0] and then["tools"] == first["tools"]
+
+
+# -- through HTTP ----------------------------------------------------------------------------------
+
+SIDS = ("theirs", "Theirs", "THEIRS", "theirs.", "their5", "th-irs")
+DOORS = (
+    ("GET", "/chat/{}/events?wait=0", None),
+    ("GET", "/chat/{}/events?wait=0&after=5", None),
+    ("GET", "/session/{}", None),
+    ("GET", "/session/{}/messages", None),
+    ("PATCH", "/session/{}", {"title": "mine now"}),
+    ("POST", "/chat/{}/answer", {"question_id": "q", "approve": True}),
+    ("POST", "/chat/{}/cancel", None),
+    ("DELETE", "/session/{}", None),
+)
+
+
+def test_anothers_session_is_one_that_does_not_exist(
+    village: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte, by the same questions to the store; idle, running, here or in another worker."""
+    here = village()
+    here.again()
+    here.turn(ANN, "theirs", "say hi")
+    here.send(EVE, "POST", "/chat/theirs", 0, json={"message": "hang"})
+    here.model.wait_for_request(2)
+    asked: list[tuple[str, t.Any]] = []
+
+    def hear(_c: t.Any, _k: t.Any, statement: str, parameters: t.Any, *_: t.Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            asked.append((statement, parameters))
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", hear)
+    try:
+        strangers = (BOB, DAN, Principal("acme"), Principal("beta"))
+        for worker, stranger in itertools.product((0, 1), strangers):
+            for method, path, body in DOORS:
+                answers = []
+                for sid in ("theirs", "nobody"):
+                    asked.clear()
+                    answer = here.send(stranger, method, path.format(sid), worker, json=body)
+                    headers = {k: v for k, v in answer.headers.items() if k != "Date"}
+                    text = json.dumps([s for s, _ in asked])
+                    answers.append((answer.status_code, headers, answer.data, text))
+                assert answers[0] == answers[1], (method, path)
+                harmless = path.endswith("cancel") or method == "DELETE"
+                assert answers[0][0] == (200 if harmless else 404)
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", hear)
+    assert here.send(EVE, "GET", "/session/theirs").json["state"] == "running"
+    assert here.send(ANN, "GET", "/session/theirs").json["title"] == "say hi"
+    for worker in (0, 1):
+        assert here.turn(BOB, "theirs", "say mine", worker=worker)["reply"] == "mine"
+    assert here.send(ANN, "GET", "/session/theirs").json["turns"] == 1
+
+
+def test_ids_that_look_alike_are_not_the_same(village: Make) -> None:
+    here = village(workspace="session")
+    for sid in SIDS:
+        here.turn(
+            ANN, sid, call("write_file", file_path="a.txt", content=f"{sid} wrote"), f"say {sid}!"
+        )
+    for sid in SIDS:
+        assert (here.place(ANN, sid) / "a.txt").read_text() == f"{sid} wrote"
+        said = here.send(ANN, "GET", f"/session/{sid}/messages").json["messages"]
+        assert (
+            said[-1]["content"] == f"{sid}!"
+            and here.send(ANN, "GET", f"/session/{sid}").json["turns"] == 1
+        )
+    here.send(ANN, "DELETE", f"/session/{SIDS[0]}")
+    left = here.send(ANN, "GET", "/sessions").json["sessions"]
+    assert {session["session_id"] for session in left} == set(SIDS[1:])
+    assert [here.place(ANN, sid).exists() for sid in SIDS] == [False] + [True] * (len(SIDS) - 1)
+
+
+def test_anothers_ids_are_nothing_in_ones_own_session(village: Make) -> None:
+    """Questions, cursors and marks of pages, taken from one and used by all the others."""
+    here = village()
+    ask = call("ask_user", question="which?") + "\nsay well"
+    here.send(ANN, "POST", "/chat/s", json={"message": ask})
+    (question,) = until(
+        lambda: here.send(ANN, "GET", "/session/s").json["questions"], "nobody asked"
+    )
+    cursor = here.send(ANN, "GET", "/session/s").json["cursor"]
+    for n in range(3):
+        here.turn(ANN, f"s{n}", "say ann's")
+    mark = here.send(ANN, "GET", "/sessions?limit=1").json["next"]
+    for who in (BOB, EVE, Principal("acme")):
+        here.turn(who, "s", "say own")
+        answers = [
+            here.send(who, "POST", "/chat/s/answer", json={"question_id": id_, "answer": "no"})
+            for id_ in (question["question_id"], "0" * 32)
+        ]
+        assert answers[0].status_code == answers[1].status_code == 404
+        assert answers[0].data == answers[1].data
+        page = here.send(who, "GET", f"/sessions?page={mark}").json
+        assert {session["session_id"] for session in page["sessions"]} <= {"s"}
+        for accept, after in (("application/json", cursor), ("text/event-stream", 0)):
+            headers = {"Accept": accept, "Last-Event-ID": str(cursor)}
+            url = f"/chat/s/events?wait=0&after={after}"
+            read = here.send(who, "GET", url, headers=headers).get_data(as_text=True)
+            assert "which?" not in read and question["turn_id"] not in read
+        for side in ("before", "after"):
+            read = here.send(who, "GET", f"/session/s/messages?{side}={cursor}")
+            assert "which?" not in read.get_data(as_text=True)
+    assert here.send(ANN, "GET", "/session/s").json["questions"] == [question]
+    answer = {"question_id": question["question_id"], "answer": "this"}
+    assert here.send(ANN, "POST", "/chat/s/answer", json=answer).json["ok"]
+    until(lambda: here.send(ANN, "GET", "/session/s").json["state"] == "idle", "no end")
+
+
+def forged() -> dict[str, str]:
+    """Tokens that name somebody, and are no good."""
+    good = {who: Tokens([KEY]).issue(who, ttl=600) for who in FOUR}
+    payload, moment, signature = good[ANN].split(".")
+    theirs = good[EVE].split(".")
+    claims = base64.urlsafe_b64encode(b'["acme","bob",99999999999]').decode().rstrip("=")
+    retired = Tokens(["a-key-that-was-retired-long-ago"])
+    return {
+        "the tenant changed": f"{claims}.{moment}.{signature}",
+        "another's signature": f"{payload}.{moment}.{theirs[2]}",
+        "another's name": f"{theirs[0]}.{moment}.{signature}",
+        "a later moment": f"{payload}.{'_' * len(moment)}.{signature}",
+        "no signature": f"{payload}.{moment}.",
+        "no moment": f"{payload}.{signature}",
+        "a retired key": retired.issue(ANN, ttl=600),
+        "expired": Tokens([KEY], clock=lambda: 0).issue(ANN, ttl=60),
+        "two at once": f"{good[ANN]}.{good[EVE]}",
+        "not of this kind": t.cast(str, _other_salt()),
+    }
+
+
+def _other_salt() -> str | bytes:
+    from itsdangerous import URLSafeTimedSerializer
+
+    return URLSafeTimedSerializer(KEY, salt="cookie-session").dumps(["acme", "ann", 99999999999])
+
+
+@pytest.mark.parametrize("name", forged())
+def test_a_forged_token_opens_nothing(village: Make, name: str) -> None:
+    here = village()
+    here.turn(ANN, "s", "say hi")
+    before = here.seen(ANN, "s")
+    headers = {"Authorization": f"Bearer {forged()[name]}"}
+    client = here.apps[-1].test_client()
+    answers = {
+        client.get(p, headers=headers).data for p in ("/session/s", "/sessions", "/session/x")
+    }
+    for route in ROUTES:
+        if not route.public:
+            path = route.path.replace("<sid>", "s")
+            answer = client.open(path, method=route.method, headers=headers, json={"message": "x"})
+            assert answer.status_code == 401
+            answers.add(answer.data)
+    assert len(answers) == 1
+    assert here.seen(ANN, "s") == before and len(here.model.requests) == 1
