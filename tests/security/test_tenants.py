@@ -31,6 +31,8 @@ from agentao_web.agents.workspaces import Workspaces
 from agentao_web.auth import Tokens
 from agentao_web.core.names import SessionKey
 from agentao_web.views import ROUTES
+from tests.model_server import call as model_call
+from tests.model_server import think
 from tests.security.house import KEY
 from tests.security.house import PATIENCE
 from tests.security.house import House
@@ -478,6 +480,33 @@ def test_an_agent_cannot_prepare_its_next_turn(village: Make) -> None:
         here.turn(ANN, sid, "say hi")
         then = here.model.requests[-1].body
         assert then["messages"][0] == first["messages"][0] and then["tools"] == first["tools"]
+
+
+def test_a_client_sees_no_path_of_the_server(
+    village: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not even where a tool of the host's names one and the model says it again, bit by bit."""
+    here = village(thinking=True)
+    path = str(here.place(ANN) / "a.txt")
+    folder = here.place(ANN)
+
+    def find() -> list[str]:
+        """Find it."""
+        return [path, str(folder)]
+
+    monkeypatch.setattr(here, "brings", {"tools": lambda principal: [find]})
+    here.again()
+    text = f"either/or: {path}, in {folder}/ or {folder}x or {str(folder)[:-3]}"
+    bits = [text[at : at + 3] for at in range(0, len(text), 3)]
+    here.model.script(model_call("find", {}), think(*bits, answer=tuple(bits)))
+    ended = here.turn(ANN, "s", "find it")
+    said = f"either/or: a.txt, in  or .x or {str(folder)[:-3]}"
+    assert ended["reply"] == said
+    events = here.send(ANN, "GET", "/chat/s/events?wait=0").json["events"]
+    assert "".join(e["data"]["chunk"] for e in events if e["type"] == "llm_text") == said
+    for page in here.seen(ANN, "s").values():
+        assert str(folder) not in page
+    assert json.loads(here.told(ANN, "s")[0]) == ["a.txt", "."]
 
 
 # -- through HTTP ----------------------------------------------------------------------------------
