@@ -1,9 +1,10 @@
 """Nobody meets anybody: what one principal may see and change, attacked with real agents and HTTP.
 
-Elsewhere: paths out of a single workspace and names nobody may write (tests/agents/test_files.py,
+Elsewhere: ways out of a single workspace and names nobody may write (tests/agents/test_files.py,
 test_build.py), what is planted in a workspace (test_prompt.py, test_skills.py), memory by
-workspace (test_memory.py), who gets which MCP server (test_mcp.py), each method of the stores
-asked by another (tests/store/test_contract.py), keys, titles and bad tokens in scripted turns
+workspace (test_memory.py), who gets which MCP server or skill (test_mcp.py, test_skills.py), what a
+shell reaches (test_shell.py), each method of the stores asked by another, and names a database may
+confuse (tests/store/test_contract.py), keys, titles and bad tokens with scripted agents
 (tests/test_views.py), revoked tokens (tests/test_auth.py), budgets (test_limits.py).
 """
 
@@ -38,6 +39,9 @@ from tests.security.house import PATIENCE
 from tests.security.house import House
 from tests.security.house import model_here
 from tests.security.house import until
+from tests.security.test_mcp import entry
+from tests.security.test_mcp import write as mcp_file
+from tests.security.test_skills import skill
 
 ANN, BOB = Principal("acme", "ann"), Principal("acme", "bob")
 EVE, DAN = Principal("beta", "ann"), Principal("beta", "dan")
@@ -84,6 +88,16 @@ class Village(House):
             for e in events
             if e["type"] == "tool_result" and e["turn_id"] == last
         ]
+
+    def said_by(self, tool: str, who: Principal, sid: str) -> str:
+        """What *tool* said the only time it was used in the session."""
+        events = self.send(who, "GET", f"/chat/{sid}/events?wait=0&limit=1000").json["events"]
+        (said,) = (
+            e["data"]["content"]
+            for e in events
+            if e["type"] == "tool_result" and e["data"]["tool"] == tool
+        )
+        return str(said)
 
     def seen(self, who: Principal, sid: str) -> dict[str, str]:
         """Every page there is to read, with this session's id in it."""
@@ -183,6 +197,7 @@ def live(here: Village, life: Life, *, curious: bool) -> None:
         call("save_memory", key=f"note_{life.number}", value=f"heron {file}"),
         call("todo_write", todos=[{"content": talk, "status": "pending"}]),
         call("greet"),
+        *(_extra(talk) if "mcp" in here.config else ()),
         f"say {talk} was here",
         worker=0,
         **{"Idempotency-Key": "the-same-for-all"},
@@ -193,6 +208,11 @@ def live(here: Village, life: Life, *, curious: bool) -> None:
     ask_and_answer(here, life)
     title = here.send(who, "PATCH", f"/session/{sid}", json={"title": f"title {talk}"})
     assert title.status_code == 200
+
+
+def _extra(talk: str) -> tuple[str, ...]:
+    activate = call("activate_skill", skill_name="letters", task_description=talk)
+    return activate, call("mcp_t_echo", text=talk), call("mcp_t_where")
 
 
 def look_around(here: Village, life: Life) -> None:
@@ -276,7 +296,11 @@ def test_everyone_sees_their_own_and_nothing_else(
     sids: tuple[str, ...],
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    here = village(workspace=workspace, memory=True)
+    more: dict[str, t.Any] = {}
+    if workspace == "session":
+        skill(tmp_path / "operator", "letters")
+        more = {"skills": tmp_path / "operator", "mcp": mcp_file(tmp_path, t=entry())}
+    here = village(workspace=workspace, memory=True, **more)
     here.again()
     all_ = lives(people, *sids)
     at_once(*(functools.partial(live, here, life, curious=len(people) == 4) for life in all_))
@@ -301,6 +325,9 @@ def test_everyone_sees_their_own_and_nothing_else(
         assert f"the host greets {life.who!r}" in json.dumps(events, ensure_ascii=False).replace(
             '\\"', '"'
         )
+    if "mcp" in more:
+        processes = {here.said_by("mcp_t_where", life.who, life.sid) for life in all_}
+        assert len(processes) == len(all_)
     told_to_the_model(here, all_, workspace, tmp_path)
     on_the_disk(here, all_, workspace)
     for life in all_:
