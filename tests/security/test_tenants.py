@@ -560,11 +560,13 @@ def test_anothers_session_is_one_that_does_not_exist(
     here.turn(ANN, "theirs", "say hi")
     here.send(EVE, "POST", "/chat/theirs", 0, json={"message": "hang"})
     here.model.wait_for_request(2)
-    asked: list[tuple[str, t.Any]] = []
+    asked: list[str] = []
 
-    def hear(_c: t.Any, _k: t.Any, statement: str, parameters: t.Any, *_: t.Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            asked.append((statement, parameters))
+    def hear(_connection: t.Any, _cursor: t.Any, statement: str, *_: t.Any) -> None:
+        # Whose tokens are void is asked every two seconds, whoever comes.
+        known = "revo" in statement or statement.startswith(("BEGIN", "PRAGMA"))
+        if threading.current_thread() is threading.main_thread() and not known:
+            asked.append(statement)
 
     sa.event.listen(sa.Engine, "before_cursor_execute", hear)
     try:
@@ -576,9 +578,9 @@ def test_anothers_session_is_one_that_does_not_exist(
                     asked.clear()
                     answer = here.send(stranger, method, path.format(sid), worker, json=body)
                     headers = {k: v for k, v in answer.headers.items() if k != "Date"}
-                    text = json.dumps([s for s, _ in asked])
-                    answers.append((answer.status_code, headers, answer.data, text))
+                    answers.append((answer.status_code, headers, answer.data, list(asked)))
                 assert answers[0] == answers[1], (method, path)
+                assert answers[0][3], "the store was asked"
                 harmless = path.endswith("cancel") or method == "DELETE"
                 assert answers[0][0] == (200 if harmless else 404)
     finally:
@@ -672,21 +674,20 @@ def _other_salt() -> str | bytes:
     return URLSafeTimedSerializer(KEY, salt="cookie-session").dumps(["acme", "ann", 99999999999])
 
 
-@pytest.mark.parametrize("name", forged())
-def test_a_forged_token_opens_nothing(village: Make, name: str) -> None:
+def test_a_forged_token_opens_nothing(village: Make) -> None:
     here = village()
     here.turn(ANN, "s", "say hi")
     before = here.seen(ANN, "s")
-    headers = {"Authorization": f"Bearer {forged()[name]}"}
     client = here.apps[-1].test_client()
-    answers = {
-        client.get(p, headers=headers).data for p in ("/session/s", "/sessions", "/session/x")
-    }
-    for route in ROUTES:
-        if not route.public:
-            path = route.path.replace("<sid>", "s")
-            answer = client.open(path, method=route.method, headers=headers, json={"message": "x"})
-            assert answer.status_code == 401
-            answers.add(answer.data)
+    answers = set()
+    for name, token in forged().items():
+        headers = {"Authorization": f"Bearer {token}"}
+        for route, sid in itertools.product(ROUTES, ("s", "nobody")):
+            if not route.public:
+                path = route.path.replace("<sid>", sid)
+                given = {"headers": headers, "json": {"message": "x"}}
+                answer = client.open(path, method=route.method, **given)
+                assert answer.status_code == 401, name
+                answers.add(answer.data)
     assert len(answers) == 1
     assert here.seen(ANN, "s") == before and len(here.model.requests) == 1
