@@ -685,7 +685,7 @@ def test_a_forged_token_opens_nothing(village: Make) -> None:
         for route, sid in itertools.product(ROUTES, ("s", "nobody")):
             if not route.public:
                 path = route.path.replace("<sid>", sid)
-                given = {"headers": headers, "json": {"message": "x"}}
+                given: dict[str, t.Any] = {"headers": headers, "json": {"message": "x"}}
                 answer = client.open(path, method=route.method, **given)
                 assert answer.status_code == 401, name
                 answers.add(answer.data)
