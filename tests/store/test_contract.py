@@ -1177,6 +1177,34 @@ def test_the_same_names_are_another_session_for_another(store: Store) -> None:
     assert [store.accepted(key, USE) for key in (KEY, *OTHERS)] == [None, "t1", "t1"]
 
 
+#: Names a database might take for the same: by case, blanks, Unicode, as a pattern, put together.
+ALIKE = [
+    SessionKey(*names)
+    for names in (
+        *(("acme", "ann", "S"), ("ACME", "ann", "s"), ("acme", "Ann", "s"), ("acme", "", "s")),
+        *(("acme ", "ann", "s"), ("acme", " ann", "s"), ("acme", "ann ", "s")),
+        *(("acme", "caf\u00e9", "s"), ("acme", "cafe\u0301", "s")),
+        *(("acme", "stra\u00dfe", "s"), ("acme", "strasse", "s")),
+        *(("a", "b/c", "s"), ("a/b", "c", "s"), ("%", "_", "s")),
+        *(("1", "0", "s"), ("01", "0.0", "s"), ("1.0", "0", "s")),
+    )
+]
+
+
+def test_names_that_only_look_alike_are_others(store: Store) -> None:
+    for number, key in enumerate((KEY, *ALIKE)):
+        assert store.session(key) is None
+        held = claim(store, f"t{number}", key)
+        store.finish(held, ending(held, 2))
+    for number, key in enumerate((KEY, *ALIKE)):
+        events = store.events(key, None, limit=9, max_bytes=10**6).events
+        assert {event.turn_id for event in events} == {f"t{number}"}
+        mine = store.sessions(key.tenant, key.user, before=None, limit=9)
+        assert {row.key for row in mine} == {k for k in (KEY, *ALIKE) if k[:2] == key[:2]}
+    remove(store, KEY)
+    assert [store.session(key) is None for key in ALIKE] == [False] * len(ALIKE)
+
+
 def test_a_tenant_has_a_number_of_sessions(open_store: Open) -> None:
     store = open_store(max_per_tenant=1)
     run(store, "t1")
