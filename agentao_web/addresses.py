@@ -40,26 +40,34 @@ def on_starting(server: t.Any) -> None:
     paths = [Path(a) for a in server.cfg.address if isinstance(a, str) and a.startswith("/")]
     if len(paths) < 2 or server.master_pid:  # An upgrade takes its listeners over.
         return
-    if len(paths) != server.cfg.workers:
+    if server.cfg.workers != len(paths):
         server.log.warning(
-            "%s workers and %s sockets: every worker answers at all of them, and a proxy cannot "
-            "choose one; set AGENTAO_WORKERS",
-            server.cfg.workers,
+            "AGENTAO_WORKERS is %s and Gunicorn has workers = %s: they share all sockets, and a "
+            "proxy cannot choose one",
             len(paths),
+            server.cfg.workers,
         )
-        return
     if any(len(os.fsencode(path)) > _LONGEST for path in paths):
         raise SystemExit(f"{paths[0]} is too long for a socket; set AGENTAO_SOCKETS")
-    folder = paths[0].parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        server.agentao_lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        # A second server would take the names of the first one's sockets away, without a word.
-        fcntl.flock(server.agentao_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        server.agentao_lock = _lock(paths[0].parent)
     except BlockingIOError:
-        raise SystemExit(f"another server has its sockets in {folder}") from None
+        raise SystemExit(
+            f"another server has its sockets in {paths[0].parent}; set AGENTAO_SOCKETS"
+        ) from None
     except OSError as exc:
         raise SystemExit(f"AGENTAO_SOCKETS: {exc}") from None
+
+
+def _lock(folder: Path) -> int:
+    """A second server would take the names of the first one's sockets away, without a word.
+
+    The lock ends with the master: its workers may still be leaving when the next one starts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
 
 
 def nworkers_changed(server: t.Any, new: int, old: int | None) -> None:

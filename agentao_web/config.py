@@ -108,6 +108,11 @@ class Settings:
         None, "Turns of one user of a tenant at once per worker; unset means no limit.", least=1
     )
     max_queue: int = _setting(4, "Turns waiting per session.", least=0)
+    max_line: int = _setting(
+        64,
+        "Turns waiting for a place on a worker, for clients that ask to (`on_busy`: queue).",
+        least=0,
+    )
     max_message: int = _setting(131_072, "Bytes of a message, in UTF-8.", least=1)
     max_body: int = _setting(20 * 2**20, "Bytes of a request body, images included.", least=1)
     max_images: int = _setting(8, "Images in one message.", least=0)

@@ -123,6 +123,8 @@ class Books:
         """Turns that were given up and whose thread is alive."""
         self.parked: dict[LiveTurn, Live] = {}
         """Queued turns that wait, without a thread, for another worker's claim to end."""
+        self.line: dict[LiveTurn, Live] = {}
+        """Turns that wait, without a thread, for a place on this worker; oldest first."""
         self.quiet = threading.Condition(self.lock)
 
     def enter(self, turn: LiveTurn, live: Live) -> None:
@@ -134,6 +136,7 @@ class Books:
         with self.lock:
             self.turns.pop(turn, None)
             self.parked.pop(turn, None)
+            self.line.pop(turn, None)
             self.quiet.notify_all()
 
     def slot(self, change: int) -> None:
@@ -156,10 +159,19 @@ class Books:
     def unpark(self, turn: LiveTurn) -> bool:
         """Give *turn* a slot again; False if somebody else has done so, or ended it."""
         with self.lock:
-            if self.parked.pop(turn, None) is None:
+            if self.parked.pop(turn, None) is None and self.line.pop(turn, None) is None:
                 return False
             self.slots += 1
             return True
+
+    def advance(self, most: int) -> tuple[LiveTurn, Live] | None:
+        """The first in line gets a slot, if fewer than *most* are taken."""
+        with self.lock:
+            if not self.line or self.slots >= most:
+                return None
+            turn = next(iter(self.line))
+            self.slots += 1
+            return turn, self.line.pop(turn)
 
     def find(self, turn_id: str) -> tuple[LiveTurn, Live] | None:
         """The registered turn of that id."""
@@ -217,6 +229,7 @@ class Runner:
         agents: Agents,
         books: Books,
         *,
+        max_turns: int,
         question_timeout: float,
         clock: cabc.Callable[[], float],
         log: logging.Logger,
@@ -235,6 +248,7 @@ class Runner:
         self._store = store
         self._agents = agents
         self._books = books
+        self._max_turns = max_turns
         self._clock = clock
         self._log = log
 
@@ -299,6 +313,12 @@ class Runner:
             # No thread to be had; but the turn was accepted, so it must end.
             self._log.exception("cannot start a thread")
             self.go_on(live, self._conclude(live, turn, self._broken(turn), None))
+
+    def next_in_line(self) -> None:
+        """Places may be free: start those that wait for one."""
+        while (found := self._books.advance(self._max_turns)) is not None:
+            turn, live = found
+            self.start(live, turn)
 
     def go_on(self, live: Live, turn: LiveTurn | None) -> None:
         """Run *turn*, whose time has come, on a new thread."""
@@ -465,6 +485,7 @@ class Runner:
         if turn.abandoned:
             self._books.slot(-1)
             self._books.abandon(-1)
+        self.next_in_line()
 
     def _run(self, live: Live, turn: LiveTurn) -> LiveTurn | None:
         agent: Agent | None = None

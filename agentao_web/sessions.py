@@ -93,6 +93,8 @@ class Caps(t.Protocol):
     @property
     def max_queue(self) -> int: ...
     @property
+    def max_line(self) -> int: ...
+    @property
     def log_bytes(self) -> int: ...
     @property
     def shell(self) -> str: ...
@@ -145,6 +147,7 @@ class SessionPool:
             self._writer,
             agents,
             self._books,
+            max_turns=caps.max_turns,
             question_timeout=caps.question_timeout,
             clock=self.clock,
             log=self._log,
@@ -256,13 +259,17 @@ class SessionPool:
             )
 
     def _start(self, key: SessionKey, turn: Turn) -> Started:
-        live, admitted, holder = self._admit(key, turn)
+        live, admitted, holder, lines_up = self._admit(key, turn)
+        runs = False
         try:
-            runs = holder is None and self._claim_or_queue(live, admitted)
-            if holder is not None:
+            if lines_up:
+                self._enqueue(live, admitted, new=True)
+            elif holder is None:
+                runs = self._claim_or_queue(live, admitted)
+            else:
                 self._enqueue_behind(live, admitted, holder)
         except BaseException:
-            self._take_back(live, admitted, runs=holder is None)
+            self._take_back(live, admitted, runs=holder is None, lined_up=lines_up)
             raise
         admitted.accepted.set()
         if admitted.outcome is not None:
@@ -270,9 +277,9 @@ class SessionPool:
             self._runner.dequeue(live, admitted)
         if runs:
             self._runner.start(live, admitted)
-        elif holder is None:
+        elif holder is None and not lines_up:
             self._wait_elsewhere(live, admitted)
-        else:
+        elif holder is not None:
             if live.announce(admitted):
                 self._writer.note(live, urgent=True)
             if turn.request.on_busy == "interrupt":
@@ -298,12 +305,13 @@ class SessionPool:
         except NotFound:
             raise SessionBusy("the turn before was not taken; try again") from None
 
-    def _enqueue(self, live: Live, turn: LiveTurn) -> None:
+    def _enqueue(self, live: Live, turn: LiveTurn, *, new: bool = False) -> None:
         self.store.enqueue(
             live.key,
             self._runner.row(turn),
             limit=self._caps.max_queue,
             first=turn.turn.request.on_busy == "interrupt",
+            new=new,
             use=self._runner.use(turn),
         )
 
@@ -344,25 +352,32 @@ class SessionPool:
         # It was cancelled while it waited, and never was in the log.
         return Started(live, turn_id, live.head, State.CANCELLED.value)
 
-    def _admit(self, key: SessionKey, turn: Turn) -> tuple[Live, LiveTurn, LiveTurn | None]:
+    def _admit(self, key: SessionKey, turn: Turn) -> tuple[Live, LiveTurn, LiveTurn | None, bool]:
+        """Register *turn*: its session, the turn it has to wait for, whether it waits in line."""
         while True:
             live = self.peek(key) or self._open(key, self._head(key))
             # Registering and setting `_draining` take the same lock: refused or swept, not neither.
             with self._lock:
-                self._refuse_if_full(key)
+                lines_up = self._refuse_if_full(key, turn.request)
                 try:
                     admitted, holder = live.admit(turn, max_queue=self._caps.max_queue)
                 except Draining:
                     continue  # Evicted between the two lines above: out of the map already.
                 self._books.enter(admitted, live)
-                self._books.slots += holder is None
-            return live, admitted, holder
+                if holder is None and lines_up:
+                    self._books.line[admitted] = live
+                elif holder is None:
+                    self._books.slots += 1
+            return live, admitted, holder, holder is None and lines_up
 
-    def _refuse_if_full(self, key: SessionKey) -> None:
+    def _refuse_if_full(self, key: SessionKey, request: TurnRequest) -> bool:
+        """Raise what refuses the turn; whether it has to wait for a place, as its client wishes."""
         if self._draining:
             raise Draining
         caps = self._caps
-        if self._books.slots >= caps.max_turns:
+        books = self._books
+        full = books.slots >= caps.max_turns
+        if full and (request.on_busy != "queue" or len(books.line) >= caps.max_line):
             quota = Quota("turns", caps.max_turns)
             raise TooManyTurns("this worker runs as many turns as it may", quota=quota)
         tenants = [live.key for live in self._books.turns.values() if live.tenant == key.tenant]
@@ -374,16 +389,21 @@ class SessionPool:
         if cap is not None and sum(one.user == key.user for one in tenants) >= cap:
             quota = Quota("user_turns", cap)
             raise TooManyTurns("this user runs as many turns as it may", quota=quota)
+        return full
 
-    def _take_back(self, live: Live, turn: LiveTurn, *, runs: bool) -> None:
+    def _take_back(self, live: Live, turn: LiveTurn, *, runs: bool, lined_up: bool) -> None:
         """The store refused *turn*: as if it had never been admitted."""
         turn.refused = True
+        if lined_up:
+            # With a slot, unless its time has come already.
+            runs = self._books.unpark(turn)
         if runs or live.waits(turn):
             if runs:
                 self._books.slot(-1)
             following = live.withdraw(turn)
             self._books.leave(turn)
             self._runner.go_on(live, following)
+            self._runner.next_in_line()
         # Otherwise its time has come already, and its thread does the same.
         turn.accepted.set()
         with self._lock:
@@ -629,7 +649,8 @@ class SessionPool:
         in time.
         """
         while self._books.turns and time.monotonic() < until():
-            for turn, live in self._books.running() if leave else ():
+            # The last first: who is stopped lets the one behind it begin, unless that is stopped.
+            for turn, live in reversed(self._books.running() if leave else []):
                 # In this order: one that is just being accepted has a claim before it says so.
                 queued = turn.accepted.is_set() and turn.claim is None
                 if queued or turn.turn.state is State.WAITING:

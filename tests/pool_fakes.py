@@ -121,6 +121,7 @@ class TestCaps:
     max_turns_per_tenant: int | None = None
     max_turns_per_user: int | None = None
     max_queue: int = 4
+    max_line: int = 4
     log_bytes: int = 2**20
     worker_lease: float = 10.0
     shell: str = "off"

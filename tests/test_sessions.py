@@ -28,6 +28,7 @@ from tests.pool_fakes import PATIENCE
 from tests.pool_fakes import FakeAgent
 from tests.pool_fakes import Gate
 from tests.pool_fakes import Probe
+from tests.pool_fakes import read_turn
 from tests.pool_fakes import read_until
 from tests.pool_fakes import until_stopped
 
@@ -192,6 +193,113 @@ def test_a_queued_turn_runs_after_the_running_one(probe: Make) -> None:
     assert p.finish(three).data["status"] == "completed"
     contents = [m["content"] for m in p.store.history(p.key()).messages if m["role"] == "user"]
     assert contents == ["one", "two", "three"]
+
+
+def one_at_a_time(probe: Make, **caps: t.Any) -> tuple[Probe, Gate]:
+    """A worker with one place, and a turn in it that stands at the gate."""
+    gate = Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        stage.publish(Draft("llm_text", {"chunk": request.message}))
+        if request.message == "first":
+            gate.stand()
+
+    p = probe(script, max_turns=1, **caps)
+    p.start("first", "a")
+    gate.meet()
+    return p, gate
+
+
+def test_who_asks_for_it_waits_in_line_for_a_place(probe: Make) -> None:
+    p, gate = one_at_a_time(probe)
+    with pytest.raises(TooManyTurns, match="worker"):
+        p.start("now", "b")
+    line = [p.start("later", sid, on_busy="queue") for sid in ("b", "c", "d")]
+    assert [started.status for started in line] == ["queued"] * 3
+    assert p.store.active(p.key("c"))[0].state == "queued", "the message is in the store"
+    assert p.pool.counts()["slots"] == 1
+    gate.opened.set()
+    ended = [p.finish(started) for started in line]
+    assert [event.data["status"] for event in ended] == ["completed"] * 3
+    began = [p.log(sid)[0].ts for sid in ("b", "c", "d")]
+    assert began == sorted(began), "the oldest first"
+    assert p.pool.counts()["slots"] == p.pool.counts()["turns"] == 0
+
+
+def test_the_line_is_bounded(probe: Make) -> None:
+    p, gate = one_at_a_time(probe, max_line=1)
+    p.start("later", "b", on_busy="queue")
+    with pytest.raises(TooManyTurns, match="worker"):
+        p.start("later", "c", on_busy="queue")
+    assert p.store.session(p.key("c")) is None
+    gate.opened.set()
+
+
+@pytest.mark.parametrize("how", ["cancel", "delete", "drain"])
+def test_a_turn_in_line_can_be_stopped(probe: Make, how: str) -> None:
+    p, gate = one_at_a_time(probe)
+    waiting = p.start("later", "b", on_busy="queue")
+    behind = p.start("behind", "b", on_busy="queue")
+    if how == "cancel":
+        assert p.pool.cancel(p.key("b")) == 2
+    elif how == "delete":
+        assert p.pool.delete(p.key("b"), timeout=PATIENCE)
+    else:
+        leaving = threading.Thread(target=p.pool.drain, args=(PATIENCE,))
+        leaving.start()
+    reason = {"cancel": "cancelled_by_user", "delete": "session_deleted"}
+    for started in (waiting, behind):
+        last = p.finish(started)
+        assert last.data["status"] == "cancelled"
+        assert last.data["reason"] == reason.get(how, "server_shutdown")
+    gate.opened.set()
+    if how == "drain":
+        leaving.join(PATIENCE)
+        return
+    assert p.store.active(p.key("b")) == []
+    assert p.run("next", "b", on_busy="queue").data["status"] == "completed"
+
+
+def test_a_turn_the_store_refuses_leaves_the_line(probe: Make) -> None:
+    p, gate = one_at_a_time(probe)
+    good = p.store.enqueue
+
+    def refuse(*args: t.Any, **options: t.Any) -> t.NoReturn:
+        raise StoreUnavailable
+
+    p.store.enqueue = refuse
+    with pytest.raises(StoreUnavailable):
+        p.start("later", "b", on_busy="queue")
+    p.store.enqueue = good
+    assert p.pool.counts()["slots"] == p.pool.counts()["turns"] == 1
+    later = p.start("later", "b", on_busy="queue")
+    gate.opened.set()
+    assert p.finish(later).data["status"] == "completed"
+
+
+def test_a_place_that_comes_free_before_the_store_has_answered(probe: Make) -> None:
+    p, gate = one_at_a_time(probe)
+    good, ended = p.store.enqueue, threading.Event()
+
+    def late(*args: t.Any, **options: t.Any) -> t.Any:
+        gate.opened.set()
+        assert ended.wait(PATIENCE)
+        return good(*args, **options)
+
+    p.store.enqueue = late
+    first = p.pool.peek(p.key("a"))
+    assert first is not None
+    turn = first.turns()[0]
+
+    def watch() -> None:
+        read_turn(p.pool, first, turn, 0)
+        ended.set()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    later = p.start("later", "b", on_busy="queue")
+    thread.join(PATIENCE)
+    assert p.finish(later).data["status"] == "completed"
 
 
 def test_a_full_queue_refuses(probe: Make) -> None:

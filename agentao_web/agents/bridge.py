@@ -21,6 +21,8 @@ from agentao_web.agents.approvals import SPANS
 from agentao_web.agents.approvals import Approvals
 from agentao_web.agents.approvals import rememberable
 from agentao_web.agents.budget import Meter
+from agentao_web.agents.relative import Pieces
+from agentao_web.agents.relative import relative
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.log import Draft
 from agentao_web.core.question import Question
@@ -49,6 +51,8 @@ _NOBODY: t.Final = (
 _STOPPED: t.Final = "[ask_user: the turn was stopped.]"
 #: Why a call that was not run did not, in agentao's words (agentao/runtime/tool_executor.py).
 _NOT_RUN: t.Final = ("not approved", "approval unavailable", "denied")
+#: Events whose text is part of a longer one, and the field it is in.
+_IN_PIECES: t.Final = {"llm_text": "chunk", "thinking": "text"}
 _MORE_STEPS: t.Final = ("continue", "stop")
 #: Events a meter counts by.
 _METERED: t.Final = frozenset({"llm_call_started", "llm_call_completed", "tool_start"})
@@ -92,6 +96,8 @@ class Bridge:
         self._approvals = Approvals(approved)
         self._confirming: str | None = None
         self._asked: set[str] = set()
+        # What is said, and thought, comes in pieces: type and field of their events.
+        self._said = {kind: Pieces(workspace) for kind in _IN_PIECES}
 
     def attach(self, stage: Stage) -> None:
         """From now on events go to *stage*."""
@@ -103,6 +109,9 @@ class Bridge:
 
     def detach(self) -> dict[str, int]:
         """Events go nowhere; returns what the turn used."""
+        if self._stage is not None:
+            for draft in self._rest():
+                self._stage.publish(draft)
         self._stage = None
         self._meter.detach()
         return self._usage
@@ -123,7 +132,7 @@ class Bridge:
         shape = _SHAPES.get(kind)
         if stage is None or shape is None:
             return
-        for draft in shape(self, event.data):
+        for draft in (*self._rest(but=kind), *shape(self, event.data)):
             stage.publish(draft)
 
     def confirm_tool(self, tool_name: str, description: str, args: dict[str, t.Any]) -> bool:
@@ -213,8 +222,7 @@ class Bridge:
     def text(self, value: t.Any, limit: int | None = None) -> str:
         """*value* as text that can be sent: encodable, workspace paths relative, bounded."""
         text = value if isinstance(value, str) else str(value)
-        if self._workspace in text:
-            text = text.replace(self._workspace + "/", "").replace(self._workspace, ".")
+        text = relative(text, self._workspace)
         if not text.isascii():
             text = text.encode("utf-8", "replace").decode("utf-8")
         return text if limit is None or len(text) <= limit else text[:limit]
@@ -247,11 +255,19 @@ class Bridge:
             yield Draft(kind, {**more, field: text[start : start + TEXT_LIMIT]})
 
     def _llm_text(self, data: Data) -> cabc.Iterator[Draft]:
-        return self._pieces("llm_text", "chunk", data.get("chunk", ""))
+        said = self._said["llm_text"].add(str(data.get("chunk", "")))
+        return self._pieces("llm_text", "chunk", said)
 
     def _think(self, data: Data) -> cabc.Iterator[Draft]:
         if self._thinking:
-            yield from self._pieces("thinking", "text", data.get("text", ""))
+            thought = self._said["thinking"].add(str(data.get("text", "")))
+            yield from self._pieces("thinking", "text", thought)
+
+    def _rest(self, *, but: str = "") -> cabc.Iterator[Draft]:
+        """What was held back of a text that has ended: something else has begun."""
+        for kind, said in self._said.items():
+            if kind != but:
+                yield from self._pieces(kind, _IN_PIECES[kind], said.rest())
 
     def _call_completed(self, data: Data) -> cabc.Iterator[Draft]:
         used = {name: data[name] for name in _USAGE if isinstance(data.get(name), int)}

@@ -26,6 +26,7 @@ import time
 import unicodedata
 from pathlib import Path
 
+import regex
 from agentao.capabilities.filesystem import FileEntry
 from agentao.capabilities.filesystem import FileStat
 
@@ -45,6 +46,8 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _HIDDEN = ".agentao"
+#: What a file system that folds case may pass over: ext4 does (Default_Ignorable_Code_Point).
+_UNSEEN = regex.compile(r"[\p{DI}\p{Cf}\p{Cc}]+")
 _OUTSIDE = "that path is outside the workspace"
 
 Clock = cabc.Callable[[], float]
@@ -390,7 +393,7 @@ def protected(names: cabc.Sequence[str]) -> bool:
 def _fold(name: str) -> str:
     """One spelling for all that some file system or reader takes for the same name."""
     plain = unicodedata.normalize("NFKC", name).casefold()
-    seen = "".join(c for c in plain if unicodedata.category(c) not in ("Cf", "Cc"))
+    seen = _UNSEEN.sub("", plain)
     return unicodedata.normalize("NFKC", seen).strip().rstrip(".")
 
 

@@ -185,9 +185,12 @@ class Store(t.Protocol):
         *,
         limit: int,
         first: bool = False,
+        new: bool = False,
         use: KeyUse | None = None,
     ) -> int:
         """Commit a turn that waits for the running one, behind the others or as the *first*.
+
+        With *new* the session is created if need be, and TooManySessions may be raised.
 
         Returns its position, 1 for the next to run. Raises TooManyTurns if *limit* turns wait,
         SessionBusy for a session being deleted, NotFound for an unknown one; *use* as above.

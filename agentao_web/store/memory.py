@@ -216,9 +216,12 @@ class MemoryStore:
         *,
         limit: int,
         first: bool = False,
+        new: bool = False,
         use: KeyUse | None = None,
     ) -> int:
         with self._lock:
+            if new and key not in self._records:
+                self._create(key, turn, turn.created)
             record = self._known(key)
             self._may_come(record, turn, use)
             if len(record.queue) >= limit:

@@ -168,10 +168,13 @@ class SqlStore:
         *,
         limit: int,
         first: bool = False,
+        new: bool = False,
         use: KeyUse | None = None,
     ) -> int:
         def attempt(db: sa.Connection) -> int:
             session = steps.locked(db, key)
+            if session is None and new:
+                session = self._create(db, key, turn, turn.created)
             if session is None:
                 raise NotFound("no such session")
             self._may_come(db, session, turn, use)

@@ -75,9 +75,11 @@ class Paced(Scripted):
 
 app = Flask("behind")
 app.config.update({k: v for k, v in os.environ.items() if k.startswith("AGENTAO_")})
-AgentaoWeb(agents=Paced((say("hello"),), {})).init_app(
-    app, url_prefix=os.environ.get("TEST_PREFIX", "")
-)
+PREFIX = os.environ.get("TEST_PREFIX", "")
+AgentaoWeb(agents=Paced((say("hello"),), {})).init_app(app, url_prefix=PREFIX)
+if PREFIX:
+    # Where the harness looks.
+    app.add_url_rule("/healthz", view_func=lambda: "ok")
 
 
 @app.route("/host/<path:rest>", methods=["GET", "POST"])

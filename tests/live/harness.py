@@ -60,7 +60,12 @@ class Server:
             self.port = listener.getsockname()[1]
             listener.set_inheritable(True)
             command = [sys.executable, "-m", "gunicorn", *(("-c", conf) if conf else ())]
-            command += [] if addresses else ["--bind", f"fd://{listener.fileno()}"]
+            if addresses == 1:
+                # One worker of its own accord has no socket.
+                self.sockets[0].parent.mkdir()
+                command += ["--bind", self.upstreams[0]]
+            elif not addresses:
+                command += ["--bind", f"fd://{listener.fileno()}"]
             command += [*args, app]
             self.process = subprocess.Popen(
                 command,

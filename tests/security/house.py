@@ -26,6 +26,9 @@ PATIENCE = 30.0
 class House:
     """A server's application; ``again`` is another worker, or the same one started anew."""
 
+    #: What the host brings along: ``tools=``, ``rules=``.
+    brings: t.ClassVar[dict[str, t.Any]] = {}
+
     def __init__(self, folder: Path, model: ModelServer, **config: t.Any) -> None:
         self.folder = folder
         self.model = model
@@ -39,7 +42,7 @@ class House:
         app = Flask("house")
         app.config.update(AGENTAO_ROOT=self.folder / "root", AGENTAO_SECRET_KEYS=KEY)
         app.config.update({f"AGENTAO_{k.upper()}": v for k, v in self.config.items()})
-        AgentaoWeb().init_app(app)
+        AgentaoWeb(**self.brings).init_app(app)
         self.apps.append(app)
 
     def close(self) -> None:

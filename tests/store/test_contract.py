@@ -161,6 +161,16 @@ def log(store: Store, after: int | None = None) -> list[Event]:
 # -- claims ------------------------------------------------------------------------------------
 
 
+def test_a_turn_may_be_queued_in_a_new_session(store: Store) -> None:
+    """It waits for a place on its worker; and then it may claim."""
+    assert store.enqueue(KEY, row("t1"), limit=4, new=True) == 1
+    assert store.enqueue(KEY, row("t2"), limit=4, new=True) == 2
+    assert [turn.state for turn in store.active(KEY)] == ["queued", "queued"]
+    with pytest.raises(SessionBusy):
+        store.claim(KEY, row("t2"), OPENING, 1.0)
+    assert store.claim(KEY, row("t1"), OPENING, 1.0).turn_id == "t1"
+
+
 def test_a_claim_makes_the_session_and_writes_its_opening(store: Store) -> None:
     assert store.session(KEY) is None
     held = claim(store)
@@ -1165,6 +1175,34 @@ def test_the_same_names_are_another_session_for_another(store: Store) -> None:
         store.finish(held, ending(held, 2))
     remove(store, KEY)
     assert [store.accepted(key, USE) for key in (KEY, *OTHERS)] == [None, "t1", "t1"]
+
+
+#: Names a database might take for the same: by case, blanks, Unicode, as a pattern, put together.
+ALIKE = [
+    SessionKey(*names)
+    for names in (
+        *(("acme", "ann", "S"), ("ACME", "ann", "s"), ("acme", "Ann", "s"), ("acme", "", "s")),
+        *(("acme ", "ann", "s"), ("acme", " ann", "s"), ("acme", "ann ", "s")),
+        *(("acme", "caf\u00e9", "s"), ("acme", "cafe\u0301", "s")),
+        *(("acme", "stra\u00dfe", "s"), ("acme", "strasse", "s")),
+        *(("a", "b/c", "s"), ("a/b", "c", "s"), ("%", "_", "s")),
+        *(("1", "0", "s"), ("01", "0.0", "s"), ("1.0", "0", "s")),
+    )
+]
+
+
+def test_names_that_only_look_alike_are_others(store: Store) -> None:
+    for number, key in enumerate((KEY, *ALIKE)):
+        assert store.session(key) is None
+        held = claim(store, f"t{number}", key)
+        store.finish(held, ending(held, 2))
+    for number, key in enumerate((KEY, *ALIKE)):
+        events = store.events(key, None, limit=9, max_bytes=10**6).events
+        assert {event.turn_id for event in events} == {f"t{number}"}
+        mine = store.sessions(key.tenant, key.user, before=None, limit=9)
+        assert {row.key for row in mine} == {k for k in (KEY, *ALIKE) if k[:2] == key[:2]}
+    remove(store, KEY)
+    assert [store.session(key) is None for key in ALIKE] == [False] * len(ALIKE)
 
 
 def test_a_tenant_has_a_number_of_sessions(open_store: Open) -> None:
