@@ -264,7 +264,7 @@ class Metrics(Observer):
                 return
         book.close()
         with contextlib.suppress(OSError, StoreUnavailable):
-            self._folder.read(None)
+            self._folder.read()
 
     # -- what is read ---------------------------------------------------------------------------
 
@@ -274,9 +274,7 @@ class Metrics(Observer):
         from prometheus_client.exposition import choose_encoder
 
         self.sample()
-        with self._lock:
-            book = self._book
-        found = self._folder.read(book)
+        found = self._folder.read()
         registry = CollectorRegistry()
         registry.register(_Found(found, self._tenants))
         encode, content_type = choose_encoder(accept)
@@ -387,17 +385,17 @@ class Folder:
         self._forget_others()
         return book
 
-    def read(self, mine: Book | None) -> _Numbers:
-        """The sums over the past and every living worker; *mine* is known to live."""
+    def read(self) -> _Numbers:
+        """The sums over the past and every living worker."""
         with self._locked():
-            past = self._fold()
-            living = [_values(path) for path in self._path.glob("*.book")]
-        return _merged(past, living)
+            past, living = self._fold()
+            return _merged(past, [_values(path) for path in living])
 
-    def _fold(self) -> _Numbers:
-        """Add the counters of those who are gone to the past, once; the past then."""
+    def _fold(self) -> tuple[_Numbers, list[Path]]:
+        """Add the counters of who is gone to the past, once; the past then, and who lives."""
         past, folded = self._past()
-        gone = [path for path in self._path.glob("*.book") if _is_free(path)]
+        books = list(self._path.glob("*.book"))
+        gone = [path for path in books if _is_free(path)]
         fresh = [path for path in gone if path.name not in folded]
         for path in fresh:
             for key, value in _values(path).items():
@@ -409,7 +407,7 @@ class Folder:
             self._keep(past, {path.name for path in gone})
         for path in gone:
             path.unlink(missing_ok=True)
-        return past
+        return past, [path for path in books if path not in gone]
 
     def _past(self) -> tuple[_Numbers, set[str]]:
         try:
