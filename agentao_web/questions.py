@@ -82,7 +82,7 @@ class Questions:
         if question.by != LOST:
             # Of those whoever closes the turn tells.
             record(live.key, turn.turn.id, question)
-        self._observer.asked(live.key, question)
+            self._observer.asked(live.key, question)
         if over := _over(turn):
             # What was approved in the very moment of the stop is not done any more.
             return cancelled(question, over)

@@ -462,6 +462,7 @@ class Runner:
         for question in questions:
             if question.by == LOST:
                 record(orphan.key, orphan.turn_id, question)
+                self.observer.asked(orphan.key, question)
         return True
 
     def _abandoned(self, orphan: Orphan, asked: list[str]) -> list[Question]:
