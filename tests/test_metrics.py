@@ -431,6 +431,19 @@ def test_a_scrape_sees_open_questions(app: Flask) -> None:
     assert value(found, "agentao_questions_total", **labels) == 1
 
 
+def test_a_store_that_is_away_is_counted(app: Flask, tmp_path: Path) -> None:
+    headers = {"Accept": "application/json", "Prefer": "wait=20", "Sec-Fetch-Site": "same-origin"}
+    client = app.test_client()
+    client.post("/agent/chat/s", json={"message": "hello"}, headers=headers)
+    file = tmp_path / "agentao-web.db"
+    file.rename(tmp_path / "away")
+    assert client.get("/agent/sessions", headers=headers).status_code == 503
+    found = scrape(app)
+    (tmp_path / "away").rename(file)
+    assert (value(found, "agentao_store_errors_total") or 0) >= 1
+    assert (value(found, "agentao_refusals_total", code="store_unavailable") or 0) >= 1
+
+
 def test_open_metrics_if_asked_for(app: Flask) -> None:
     headers = {
         "Authorization": f"Bearer {TOKEN}",
