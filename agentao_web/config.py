@@ -35,6 +35,24 @@ class Settings:
         "agentao-web.db in ROOT.",
         kinds=("postgresql", "sqlite", "memory"),
     )
+    metrics_token: str | None = _setting(
+        None,
+        "What Prometheus has to show to read /metrics; 16 characters or more; unset means no "
+        "/metrics.",
+        characters=16,
+    )
+    metrics_tenants: bool = _setting(
+        False, "Whether /metrics names tenants: a line for each, to be read by whoever scrapes."
+    )
+    log: str = _setting(
+        "text",
+        "How the ready application writes its log to standard error.",
+        choices=("text", "json", "off"),
+    )
+    log_requests: bool = _setting(False, "Whether every request is a line of the log.")
+    log_text: bool = _setting(
+        False, "Whether the log says what users and agents said. It is then as private as they."
+    )
     workers: int = _setting(1, "Worker processes of the Gunicorn config.", least=1)
     sockets: Path | None = _setting(
         None,
@@ -274,6 +292,8 @@ def _check(name: str, limits: cabc.Mapping[str, t.Any], value: t.Any) -> None:
         raise RuntimeError(f"{name} must begin with one of {', '.join(limits['kinds'])}")
     if "least" in limits and value < limits["least"]:
         raise RuntimeError(f"{name} must be at least {limits['least']}")
+    if "characters" in limits and len(value) < limits["characters"]:
+        raise RuntimeError(f"{name} needs {limits['characters']} characters or more")
     if "above" in limits and not value > limits["above"]:
         raise RuntimeError(f"{name} must be more than {limits['above']}")
     if isinstance(value, tuple) and any(len(key) < 16 for key in value):

@@ -11,6 +11,8 @@ from pathlib import Path
 from flask import Flask
 from werkzeug.routing import Rule
 
+from agentao_web import logs
+from agentao_web import traces
 from agentao_web import views
 from agentao_web.agents.factory import AgentaoAgents
 from agentao_web.agents.factory import Factory
@@ -24,7 +26,10 @@ from agentao_web.config import from_environment
 from agentao_web.config import rules_per_tenant
 from agentao_web.config import shells
 from agentao_web.core.names import Principal
+from agentao_web.core.observer import Observer
+from agentao_web.core.observer import Observers
 from agentao_web.core.rules import Rules
+from agentao_web.metrics import Metrics
 from agentao_web.readers import Watcher
 from agentao_web.sessions import SessionPool
 from agentao_web.slots import StreamSlots
@@ -86,7 +91,10 @@ class AgentaoWeb:
         settings = Settings.from_mapping(app.config)
         log = logging.getLogger("agentao_web")
         rules = _rules(app, settings, self._rules)
-        store = open_store(settings)
+        logs.mark()
+        metrics = _metrics(app, settings, log)
+        observer = Observers(_observers(settings, metrics), log)
+        store = open_store(settings, observer)
         allowance = Allowance(store, lambda principal: rules(principal).tokens_per_day)
         agents = AgentaoAgents(
             settings,
@@ -102,10 +110,20 @@ class AgentaoWeb:
         app.extensions[_KEY] = views.Parts(
             settings=settings,
             authenticate=self._authenticate or _by_token(settings, store),
-            pool=SessionPool(store, agents, settings, log=log, may_spend=allowance.check),
+            pool=SessionPool(
+                store,
+                agents,
+                settings,
+                log=log,
+                may_spend=allowance.check,
+                observer=observer,
+            ),
             watcher=Watcher(),
             own_login=self._authenticate is not None,
             warm=agents.warm,
+            left=lambda: agents.tools.left,
+            observer=observer,
+            scrape=metrics.answer if metrics is not None else None,
         )
         prefix = url_prefix.rstrip("/")
         app.register_blueprint(views.blueprint(), url_prefix=prefix or None)
@@ -127,13 +145,38 @@ def _rules(
     return ask_host
 
 
-def open_store(settings: Settings) -> Store:
+def _metrics(app: Flask, settings: Settings, log: logging.Logger) -> Metrics | None:
+    if settings.metrics_token is None:
+        return None
+
+    def gauges() -> dict[str, float]:
+        parts: views.Parts = app.extensions[_KEY]
+        return {
+            **parts.pool.gauges(),
+            "agentao_streams_open": float(parts.slots.taken),
+            "agentao_host_tools_left": float(parts.left()),
+        }
+
+    return Metrics(settings.root, gauges=gauges, tenants=settings.metrics_tenants, log=log)
+
+
+def _observers(settings: Settings, metrics: Metrics | None) -> list[Observer]:
+    found: list[Observer] = [logs.TurnLines(text=settings.log_text)]
+    if metrics is not None:
+        found.append(metrics)
+    if traces.is_installed():
+        found.append(traces.Spans())
+    return found
+
+
+def open_store(settings: Settings, observer: Observer | None = None) -> Store:
     """The store of these settings; nothing is opened before it is used."""
     url: str | Path = settings.database_url or settings.root / "agentao-web.db"
     most, log_bytes = settings.max_sessions_per_tenant, settings.log_bytes
     if str(url).startswith("memory:"):
         return MemoryStore(max_per_tenant=most, log_bytes=log_bytes)
-    return SqlStore(url, max_per_tenant=most, log_bytes=log_bytes)
+    failed = (observer or Observer()).store_failed
+    return SqlStore(url, max_per_tenant=most, log_bytes=log_bytes, failed=failed)
 
 
 def _by_token(settings: Settings, store: Store) -> Authenticate:
@@ -163,23 +206,15 @@ def _add_fallbacks(app: Flask, prefix: str) -> None:
 
 def create_app(environ: cabc.Mapping[str, str] = os.environ) -> Flask:
     """The ready application, with every setting from the environment."""
-    _show_log()
+    logs.show(environ.get("AGENTAO_LOG") or "text")
     app = Flask("agentao_web", static_folder=None)
     app.config.from_mapping(from_environment(environ))
     AgentaoWeb().init_app(app)
     for handler in (404, 405):
         app.register_error_handler(handler, views._http_error)
+    # Also where no route of ours answers.
+    app.after_request(views.name_request)
     return app
-
-
-def _show_log() -> None:
-    """Whoever runs the ready application sees its log, unless logging was set up already."""
-    log = logging.getLogger(_KEY)
-    if not log.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
 
 
 def pool_of(app: Flask) -> SessionPool:
@@ -212,6 +247,7 @@ def warm(app: Flask) -> None:
     """Load what the first turn would load. Call it in the worker, before it serves."""
     parts: views.Parts = app.extensions[_KEY]
     parts.warm()
+    parts.observer.ticked()
 
 
 def shutdown(app: Flask, grace: float | None = None) -> None:

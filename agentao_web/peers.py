@@ -10,6 +10,7 @@ import collections.abc as cabc
 import functools
 import logging
 import threading
+import time
 import typing as t
 
 from agentao_web.core.errors import ClaimLost
@@ -104,6 +105,11 @@ class Peers:
     def nudge(self) -> None:
         """Somebody waits for another worker now: do not wait for the next slow look."""
         self._nudge.set()
+
+    @property
+    def last_beat(self) -> float:
+        """When the store was last told that we live, as a moment of ``time.monotonic``."""
+        return time.monotonic() - (self._clock() - self._beaten)
 
     # -- signs of life -------------------------------------------------------------------------
 

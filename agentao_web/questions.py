@@ -12,10 +12,12 @@ import threading
 import typing as t
 import uuid
 
+from agentao_web.core import trail
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import QuestionClosed
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.names import SessionKey
+from agentao_web.core.observer import Observer
 from agentao_web.core.question import Question
 from agentao_web.core.question import Reply
 from agentao_web.core.question import cancelled
@@ -46,7 +48,9 @@ class Questions:
         timeout: float,
         clock: cabc.Callable[[], float],
         note: cabc.Callable[[Live], None],
+        observer: Observer | None = None,
     ) -> None:
+        self._observer = observer or Observer()
         self._store = store
         self._timeout = timeout
         self._clock = clock
@@ -78,6 +82,7 @@ class Questions:
         if question.by != LOST:
             # Of those whoever closes the turn tells.
             record(live.key, turn.turn.id, question)
+            self._observer.asked(live.key, question)
         if over := _over(turn):
             # What was approved in the very moment of the stop is not done any more.
             return cancelled(question, over)
@@ -142,15 +147,25 @@ def _over(turn: LiveTurn) -> str | None:
 
 def record(key: SessionKey, turn_id: str, question: Question) -> None:
     """One line for the audit: who, what, and how it was decided."""
+    span = question.answer.get("remember")
+    told = {
+        **trail.of(key, turn_id),
+        "outcome": question.outcome,
+        "tool": question.data.get("tool", "ask_user"),
+        "by": question.by,
+        "question_id": question.id or None,
+        "remember": span,
+    }
     _audit.info(
         "%s: %r by %r; tenant %r, user %r, session %r, turn %s, question %s%s",
         question.outcome,
-        question.data.get("tool", "ask_user"),
+        told["tool"],
         question.by,
         key.tenant,
         key.user,
         key.id,
         turn_id,
         question.id or "none",
-        f", remembered for this {span}" if (span := question.answer.get("remember")) else "",
+        f", remembered for this {span}" if span else "",
+        extra=told,
     )

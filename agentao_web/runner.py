@@ -10,6 +10,7 @@ import threading
 import time
 import typing as t
 
+from agentao_web.core import trail
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import StoreUnavailable
@@ -17,6 +18,7 @@ from agentao_web.core.history import History
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
+from agentao_web.core.observer import Observer
 from agentao_web.core.question import Question
 from agentao_web.core.question import closed
 from agentao_web.core.transcript import Transcript
@@ -67,6 +69,9 @@ class Stage(t.Protocol):
 
     def stop(self, reason: str) -> None:
         """Stop the turn, for one of agentao_web.core.turn.STOP_REASONS."""
+
+    def called(self, call: cabc.Mapping[str, t.Any]) -> None:
+        """A call to the model has ended; see agentao_web.core.observer."""
 
 
 class Agent(t.Protocol):
@@ -196,11 +201,15 @@ class _Stage:
     def __init__(self, runner: Runner, live: Live, turn: LiveTurn) -> None:
         self.turn_id = turn.turn.id
         self._runner, self._live, self._turn = runner, live, turn
+        self._spoke = False
 
     def publish(self, draft: Draft) -> None:
         live = self._live
         if not live.publish(self._turn, draft):
             return
+        if draft.type != "llm_text" or not self._spoke:
+            self._spoke = self._spoke or draft.type == "llm_text"
+            self._runner.observer.said(self._turn.turn, draft, live.clock())
         if live.crowded:
             self._runner.stop(live, self._turn, "event_limit")
         self._runner.writer.note(live, urgent=draft.type in _AT_ONCE)
@@ -218,6 +227,10 @@ class _Stage:
     def stop(self, reason: str) -> None:
         self._runner.stop(self._live, self._turn, reason)
 
+    def called(self, call: cabc.Mapping[str, t.Any]) -> None:
+        live = self._live
+        self._runner.observer.called(live.key, self._turn.turn, call, live.clock())
+
 
 class Runner:
     """Runs turns, each on a thread of its own, and sees that each ends exactly once."""
@@ -233,9 +246,12 @@ class Runner:
         question_timeout: float,
         clock: cabc.Callable[[], float],
         log: logging.Logger,
+        observer: Observer | None = None,
     ) -> None:
+        self.observer = observer or Observer()
         self.questions = Questions(
             store,
+            observer=self.observer,
             timeout=question_timeout,
             clock=clock,
             note=lambda live: writer.note(live, urgent=True),
@@ -284,7 +300,9 @@ class Runner:
         if live.agent is not None and live.agent_version != claim.version:
             # Another worker went on with this conversation.
             self.drop_agent(live)
-        call(live.begin(turn, claim), turn.turn.stop_reason or "")
+        callbacks = live.begin(turn, claim)
+        self.observer.began(live.key, turn.turn, now)
+        call(callbacks, turn.turn.stop_reason or "")
 
     def _leave_open(self, live: Live, turn: LiveTurn, code: str) -> None:
         self.unclosed.append((live, Orphan(live.key, turn.turn.id, True, turn.cursor), code))
@@ -296,7 +314,8 @@ class Runner:
         """
         while self.unclosed:
             live, orphan, code = self.unclosed[0]
-            self.reap(orphan, code)
+            if self._close(orphan, code) and code == LOST:
+                self.observer.reaped(orphan.key, orphan.turn_id)
             self.unclosed.pop(0)
             if live is not None and not live.owned:
                 # What was shown here and never stored is no part of the log.
@@ -347,6 +366,7 @@ class Runner:
             if turn.claim is not None:
                 continue
             if turn.outcome is not None:
+                self.observer.ended(live.key, turn.turn, turn.outcome, self._clock())
                 self._books.leave(turn)
                 self.writer.note(live, urgent=True)
                 if turn.accepted.is_set():
@@ -371,7 +391,9 @@ class Runner:
         """
         if not live.close_turn(turn, abandoned=True):
             return self._books.given_up
-        self._log.error("turn %s ignored its stop and was given up", turn.turn.id)
+        told = _told(live, turn)
+        self._log.error("turn %s ignored its stop and was given up", turn.turn.id, extra=told)
+        self.observer.given_up(live.key, turn.turn)
         lost = self._books.abandon(1)
         # The reason it was stopped for decides the status.
         outcome = self._worded(turn, Outcome(State.FAILED, "internal_error"))
@@ -404,11 +426,15 @@ class Runner:
         again = Orphan(orphan.key, orphan.turn_id, orphan.running, orphan.cursor)
         self.unclosed.append((None, again, LOST))
 
-    def reap(self, orphan: Orphan, code: str = LOST) -> None:
+    def reap(self, orphan: Orphan) -> None:
         """End a turn nobody runs: in its log, in the transcript, in what the model reads."""
+        if self._close(orphan, LOST):
+            self.observer.reaped(orphan.key, orphan.turn_id)
+
+    def _close(self, orphan: Orphan, code: str) -> bool:
         claim = self._store.take_over(orphan, self.worker)
         if claim is None:
-            return
+            return False
         transcript = Transcript()
         message = ""
         asked: dict[str, bool] = {}
@@ -429,10 +455,15 @@ class Runner:
         entries = transcript.closed(outcome.status.value) if transcript.entries else []
         appended = self._note(message, transcript) if message else []
         self._store.finish(claim, Finish(events, outcome, entries, appended, False, now))
-        self._log.warning("turn %s was left open, and is closed: %s", orphan.turn_id, code)
+        told = trail.of(orphan.key, orphan.turn_id)
+        self._log.warning(
+            "turn %s was left open, and is closed: %s", orphan.turn_id, code, extra=told
+        )
         for question in questions:
             if question.by == LOST:
                 record(orphan.key, orphan.turn_id, question)
+                self.observer.asked(orphan.key, question)
+        return True
 
     def _abandoned(self, orphan: Orphan, asked: list[str]) -> list[Question]:
         """Its questions that nobody waits for any more, closed; also those answered unheard.
@@ -479,7 +510,8 @@ class Runner:
         following: LiveTurn | None = turn
         while following is not None:
             turn = following
-            following = self._run(live, turn)
+            with trail.along(_told(live, turn)):
+                following = self._run(live, turn)
             if following is not None:
                 self._books.slot(1)
         if turn.abandoned:
@@ -633,12 +665,19 @@ class Runner:
         if final is None:
             draft = self._terminal(turn, outcome)
             final = Event(None, turn.turn.id, draft.type, draft.data, self._clock(), draft.extra)
+        # Before anyone is told, all that is left to do: whoever asks then has to find it counted.
+        self.observer.ended(live.key, turn.turn, outcome, self._clock())
         if not turn.abandoned:
             # Before anyone is told: whoever reacts with the next turn finds room for it.
             self._books.slot(-1)
         following = live.end(turn, outcome, final)
         self._books.leave(turn)
         return following
+
+
+def _told(live: Live, turn: LiveTurn) -> dict[str, str]:
+    """What a log line says of *turn*."""
+    return trail.of(live.key, turn.turn.id, turn.turn.request.request_id)
 
 
 def call(callbacks: cabc.Iterable[Callback], reason: str) -> None:

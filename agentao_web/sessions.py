@@ -28,6 +28,7 @@ from agentao_web.core.errors import TooManySessions
 from agentao_web.core.errors import TooManyTurns
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
+from agentao_web.core.observer import Observer
 from agentao_web.core.question import Question
 from agentao_web.core.question import Reply
 from agentao_web.core.turn import ENDED
@@ -128,6 +129,7 @@ class SessionPool:
         log: logging.Logger | None = None,
         exhausted: cabc.Callable[[], None] = lambda: None,
         may_spend: cabc.Callable[[SessionKey], None] = lambda key: None,
+        observer: Observer | None = None,
     ) -> None:
         """*may_spend* raises BudgetExhausted if the tenant has no tokens left for a turn."""
         self.store = store
@@ -136,12 +138,13 @@ class SessionPool:
         """Called when given-up turns hold half of the places: the worker should be replaced."""
         self._log = log or logging.getLogger("agentao_web")
         self._agents = agents
+        self._observer = observer or Observer()
         self._caps = caps
         self._may_spend = may_spend
         self._books = Books()
         self._lock = self._books.lock
         self._map: dict[SessionKey, Live] = {}
-        self._writer = Writer(store, interval=_BATCH, log=self._log)
+        self._writer = Writer(store, interval=_BATCH, log=self._log, observer=self._observer)
         self._runner = Runner(
             store,
             self._writer,
@@ -151,6 +154,7 @@ class SessionPool:
             question_timeout=caps.question_timeout,
             clock=self.clock,
             log=self._log,
+            observer=self._observer,
         )
         self._draining = False
         self._until = float("inf")
@@ -223,6 +227,22 @@ class SessionPool:
                 "given_up": books.given_up,
             }
 
+    def gauges(self) -> dict[str, float]:
+        """Sizes of this moment, by the names of agentao_web.metrics."""
+        running = self._books.running()
+        begun = [turn for turn, _ in running if turn.claim is not None]
+        found = {
+            "agentao_turns_running": float(len(begun)),
+            "agentao_turns_queued": float(len(running) - len(begun)),
+            "agentao_questions_open": float(sum(len(turn.questions) for turn in begun)),
+            "agentao_threads_given_up": float(self._books.given_up),
+            "agentao_sessions_in_memory": float(len(self._map)),
+            "agentao_store_lag_seconds": self._writer.lag,
+        }
+        if self._pid is not None and not self._closed.is_set():
+            found["agentao_worker_heartbeat_age_seconds"] = self._peers.last_beat
+        return found
+
     # -- starting ------------------------------------------------------------------------------
 
     def start(self, key: SessionKey, request: TurnRequest) -> Started:
@@ -260,6 +280,7 @@ class SessionPool:
 
     def _start(self, key: SessionKey, turn: Turn) -> Started:
         live, admitted, holder, lines_up = self._admit(key, turn)
+        self._observer.accepted(key, turn)
         runs = False
         try:
             if lines_up:
@@ -394,6 +415,7 @@ class SessionPool:
     def _take_back(self, live: Live, turn: LiveTurn, *, runs: bool, lined_up: bool) -> None:
         """The store refused *turn*: as if it had never been admitted."""
         turn.refused = True
+        self._observer.withdrawn(turn.turn)
         if lined_up:
             # With a slot, unless its time has come already.
             runs = self._books.unpark(turn)
@@ -425,7 +447,7 @@ class SessionPool:
                 del self._map[key]
                 quota = Quota("sessions", self._caps.max_sessions)
                 raise TooManySessions("every session of this worker is in use", quota=quota)
-        self._retire(out)
+        self._retire(out, "crowded")
         return live
 
     def read_here(self, live: Live) -> None:
@@ -564,10 +586,12 @@ class SessionPool:
         for turn, live in self._books.running():
             self._check(live, turn, now)
         with self._lock:
-            out = limits.expired(self._map.values(), now, self._caps.session_ttl)
-            out += [e for e in self._over_caps() if e not in out]
-        self._retire(out)
+            idle = limits.expired(self._map.values(), now, self._caps.session_ttl)
+            crowd = [e for e in self._over_caps() if e not in idle]
+        self._retire(idle, "idle")
+        self._retire(crowd, "crowded")
         self._peers.look(now)
+        self._observer.ticked()
 
     def _check(self, live: Live, turn: LiveTurn, now: float) -> None:
         reason = limits.overdue(turn.turn, now, max_waiting=self._caps.max_waiting_time)
@@ -592,18 +616,22 @@ class SessionPool:
         out = limits.victims(entries, caps.max_sessions, caps.max_sessions_per_tenant)
         return [live for live in out if live is not spare]
 
-    def _retire(self, entries: cabc.Iterable[Live]) -> None:
+    def _retire(self, entries: cabc.Iterable[Live], reason: str) -> None:
         """Put idle sessions out of memory; what they were is in the store."""
         agents: list[Agent] = []
+        gone = 0
         for live in entries:
             with self._lock:
                 # Out of the map before it is closed, and only if nobody came meanwhile.
                 if self._map.get(live.key) is not live or not live.close():
                     continue
                 del self._map[live.key]
+            gone += 1
             if live.agent is not None:
                 agents.append(live.agent)
                 live.agent = None
+        if gone:
+            self._observer.evicted(gone, reason)
         if agents:
             self._aside(functools.partial(self._close_agents, agents))
 
@@ -691,6 +719,7 @@ class SessionPool:
         self._agents.close()
         self._peers.close()
         self.store.close()
+        self._observer.close()
 
 
 def _status(turn: Turn) -> str:

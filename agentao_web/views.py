@@ -6,9 +6,13 @@ import collections.abc as cabc
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import hmac
 import logging
+import re
 import secrets
 import socket
+import time
 import typing as t
 
 from flask import Blueprint
@@ -23,8 +27,10 @@ from werkzeug.exceptions import default_exceptions
 from werkzeug.routing import Rule
 
 from agentao_web.auth import Authenticate
+from agentao_web.auth import bearer
 from agentao_web.auth import identify
 from agentao_web.config import Settings
+from agentao_web.core import trail
 from agentao_web.core.errors import Forbidden
 from agentao_web.core.errors import InternalError
 from agentao_web.core.errors import InvalidRequest
@@ -41,6 +47,7 @@ from agentao_web.core.log import Event
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
 from agentao_web.core.names import is_session_id
+from agentao_web.core.observer import Observer
 from agentao_web.core.question import Question
 from agentao_web.core.turn import State
 from agentao_web.live import Live
@@ -72,6 +79,11 @@ _BY_STATUS: t.Final[dict[int, type[WebError]]] = {
 }
 
 _log = logging.getLogger("agentao_web")
+_access = logging.getLogger("agentao_web.access")
+
+#: A request id that a client or proxy may give: printable ASCII.
+_REQUEST_ID: t.Final = re.compile(r"[!-~](?:[ -~]{0,126}[!-~])?")
+_ID, _BEGAN = "agentao_web.request_id", "agentao_web.began"
 
 
 @dataclasses.dataclass
@@ -87,6 +99,11 @@ class Parts:
     """Requests are identified by the host, not by tokens of ours."""
     warm: cabc.Callable[[], None] = lambda: None
     """Loads what the first turn would load."""
+    left: cabc.Callable[[], int] = lambda: 0
+    """How many calls of the host's tools run on past their deadline."""
+    observer: Observer = dataclasses.field(default_factory=Observer)
+    scrape: cabc.Callable[[str], tuple[bytes, str]] | None = None
+    """The numbers of all workers in the form that an ``Accept`` asks for, and its name."""
 
 
 ROUTES: list[openapi.Route] = []
@@ -119,6 +136,9 @@ def blueprint() -> Blueprint:
         bp.register_error_handler(code, _http_error)
     bp.register_error_handler(WebError, _web_error)
     bp.register_error_handler(Exception, _unexpected)
+    bp.before_request(begin_request)
+    bp.after_request(name_request)
+    bp.teardown_request(lambda exc: trail.leave())
     return bp
 
 
@@ -129,14 +149,17 @@ def _guarded(entry: openapi.Route) -> View:
         request.max_content_length = parts.settings.max_body
         if (sock := _socket()) is not None:
             sock.settimeout(parts.settings.send_timeout)
-        if entry.public:
+        if entry.public or entry.scheme == "metrics":
             return entry.view(parts)
         principal = identify(request, parts.authenticate)
         if "X-Agentao-Doctor" in request.headers:
             after_this_request(functools.partial(_name_worker, parts))
+        trail.enter(tenant=principal.tenant, user=principal.user)
         if "sid" not in arguments:
             return entry.view(parts, principal)
-        return entry.view(parts, _key(principal, arguments["sid"]))
+        key = _key(principal, arguments["sid"])
+        trail.enter(session_id=key.id)
+        return entry.view(parts, key)
 
     return view
 
@@ -175,6 +198,7 @@ def start_turn(parts: Parts, key: SessionKey) -> Response:
     asked = requests.turn_request(
         _body(), parts.settings, streams=streams, key=request.headers.get("Idempotency-Key")
     )
+    asked = dataclasses.replace(asked, request_id=request_id())
     wait = requests.preferred_wait(", ".join(request.headers.getlist("Prefer")))
     # Asked for before anything starts.
     slot = _slot(parts, key) if streams else parts.slots.take() if wait else None
@@ -385,6 +409,31 @@ def openapi_json(parts: Parts) -> Response:
     return jsonify(openapi.document(ROUTES, prefix or "/"))
 
 
+@route(
+    "GET",
+    "/metrics",
+    "Numbers for Prometheus, over all workers",
+    scheme="metrics",
+    responses={200: "text"},
+    errors=(404, 503),
+)
+def metrics(parts: Parts) -> Response:
+    token = parts.settings.metrics_token
+    # Nobody else is told that it is here.
+    if parts.scrape is None or token is None or not _is_equal(bearer(request) or "", token):
+        raise NotFound
+    body, content_type = parts.scrape(request.headers.get("Accept", ""))
+    return Response(body, content_type=content_type)
+
+
+def _is_equal(given: str, wanted: str) -> bool:
+    """Compares in the same time whatever was given, also if it is longer or no ASCII."""
+    one, other = (
+        hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, wanted)
+    )
+    return hmac.compare_digest(one, other)
+
+
 def _body() -> bytes:
     """The request's body; PayloadTooLarge, or InvalidRequest for one that breaks off."""
     try:
@@ -399,6 +448,62 @@ def _body() -> bytes:
         # Werkzeug cuts a chunked body at the limit without a word.
         raise PayloadTooLarge(limit=limit)
     return body
+
+
+# -- every request -----------------------------------------------------------------------------
+
+
+def request_id() -> str:
+    """What this request is called: by its client or a proxy, or else by us."""
+    environ = request.environ
+    if _ID not in environ:
+        given = request.headers.get("X-Request-Id", "").strip()
+        environ[_ID] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    return t.cast(str, environ[_ID])
+
+
+def begin_request() -> None:
+    """From now on log lines of this thread name the request."""
+    request.environ[_BEGAN] = time.monotonic()
+    trail.leave()
+    trail.enter(request_id=request_id())
+
+
+def name_request(response: Response) -> Response:
+    """Every answer says which request it is to. Harmless twice."""
+    response.headers["X-Request-Id"] = request_id()
+    parts: Parts | None = current_app.extensions.get("agentao_web")
+    began = request.environ.pop(_BEGAN, None)
+    if parts is not None and parts.settings.log_requests and began is not None:
+        # The rule: the path itself has the session's id, which is a field.
+        rule = request.url_rule.rule if request.url_rule is not None else ""
+        told = {
+            "method": request.method,
+            "route": rule,
+            "status": response.status_code,
+            "duration_ms": int((time.monotonic() - began) * 1000),
+        }
+        _access.info("%s %s %d", request.method, rule, response.status_code, extra=told)
+    return response
+
+
+class _Along:
+    """The body of a stream: made on the server's time, under the log ids of its request."""
+
+    def __init__(self, body: cabc.Iterator[bytes]) -> None:
+        self._body = body
+        self._trail = trail.here()
+
+    def __iter__(self) -> cabc.Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        with trail.along(self._trail):
+            return next(self._body)
+
+    def close(self) -> None:
+        with trail.along(self._trail):
+            t.cast(t.Any, self._body).close()
 
 
 # -- what they share ---------------------------------------------------------------------------
@@ -486,7 +591,7 @@ def _stream(reader: Reader, slot: Slot | None, *, follow: bool = False) -> Respo
         lease=parts.settings.stream_lease,
         follow=follow,
     )
-    response = Response(body, content_type=native.CONTENT_TYPE, headers=native.HEADERS)
+    response = Response(_Along(body), content_type=native.CONTENT_TYPE, headers=native.HEADERS)
     if slot is not None:
         # Not in the generator: one that was never begun is never ended.
         response.call_on_close(slot.free)
@@ -567,6 +672,7 @@ def _nothing(status: int) -> Response:
 
 
 def _web_error(error: WebError) -> Response:
+    _count_refusal(error)
     response = jsonify(error.as_dict())
     response.status_code = error.status
     if error.retry_after is not None:
@@ -578,6 +684,12 @@ def _web_error(error: WebError) -> Response:
     if isinstance(error, MethodNotAllowed):
         response.headers["Allow"] = ", ".join(error.allowed)
     return response
+
+
+def _count_refusal(error: WebError) -> None:
+    parts: Parts | None = current_app.extensions.get("agentao_web")
+    if parts is not None:
+        parts.observer.refused(error.code)
 
 
 def _rate_limit(quota: Quota, seconds: int) -> dict[str, str]:

@@ -20,10 +20,12 @@ from agentao_web import AgentaoWeb
 from agentao_web import Principal
 from agentao_web import config
 from agentao_web import demo
+from agentao_web import metrics
 from agentao_web import shutdown
 from agentao_web import views
 from agentao_web.agents import bridge
 from agentao_web.core import errors
+from agentao_web.core import trail
 from agentao_web.core import turn
 from agentao_web.testing import Gate
 from agentao_web.testing import ask
@@ -91,6 +93,16 @@ STOPS: t.Final = {
 }
 
 
+#: What a log line says of whose work it tells.
+LOG_FIELDS: t.Final = {
+    "request_id": "The `X-Request-Id` of the request, or of the one that started the turn.",
+    "session_id": "The session, as its client named it.",
+    "turn_id": "The turn.",
+    "tenant": "Whose session it is.",
+    "user": "The user of that tenant; empty if the token names none.",
+}
+
+
 def main(arguments: cabc.Sequence[str] = ()) -> int:
     """Write every page's tables, or with ``--check`` say which pages are stale."""
     check = "--check" in arguments
@@ -142,11 +154,14 @@ def settings() -> str:
     return _table(("Name", "Default", "What it is"), rows)
 
 
+_OPEN_TO: t.Final = {"bearer": "whose session it is", "metrics": "who has `AGENTAO_METRICS_TOKEN`"}
+
+
 def routes() -> str:
     rows = []
     for route in views.ROUTES:
         answers = _code(str(code) for code in sorted(route.responses))
-        who = "everyone" if route.public else "whose session it is"
+        who = "everyone" if route.public else _OPEN_TO[route.scheme]
         rows.append((f"`{route.method} {route.path}`", route.summary, who, answers))
     return _table(("Route", "Does", "Open to", "Answers"), rows)
 
@@ -190,6 +205,19 @@ def demo_commands() -> str:
     return "".join(f"- `{command.usage}`\n" for command in demo.COMMANDS)
 
 
+def metric_table() -> str:
+    rows = []
+    for metric in metrics.METRICS.values():
+        labels = (*metric.labels, "(tenant)") if metric.per_tenant else metric.labels
+        rows.append((f"`{metric.name}`", metric.kind, _code(labels), metric.help))
+    return _table(("Name", "Kind", "Labels", "Is"), rows)
+
+
+def log_fields() -> str:
+    told = _told(trail.FIELDS, LOG_FIELDS, "log fields without a sentence")
+    return _table(("Field", "Is"), [(f"`{name}`", what) for name, what in told.items()])
+
+
 def states() -> str:
     rows = [
         (f"`{state}`", ", ".join(f"{step} → `{to}`" for step, to in row.items()) or "the end")
@@ -208,6 +236,8 @@ TABLES: t.Final[dict[str, cabc.Callable[[], str]]] = {
     "stops": stops,
     "incomplete": incomplete,
     "states": states,
+    "metrics": metric_table,
+    "log-fields": log_fields,
 }
 
 

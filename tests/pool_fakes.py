@@ -11,6 +11,7 @@ from agentao_web.core.history import History
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
+from agentao_web.core.observer import Observer
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
 from agentao_web.core.turn import TurnRequest
@@ -152,13 +153,20 @@ def until_stopped(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
 class Probe:
     """A pool with fakes around it, and the questions tests ask."""
 
-    def __init__(self, script: Script = say_ok, *, store: t.Any = None, **caps: t.Any) -> None:
+    def __init__(
+        self,
+        script: Script = say_ok,
+        *,
+        store: t.Any = None,
+        observer: Observer | None = None,
+        **caps: t.Any,
+    ) -> None:
         self.agents = FakeAgents(script)
         self.caps = TestCaps(**caps)
         self.store: t.Any = store or MemoryStore(
             max_per_tenant=self.caps.max_sessions_per_tenant, seed=1, log_bytes=2**22
         )
-        self.pool = SessionPool(self.store, self.agents, self.caps)
+        self.pool = SessionPool(self.store, self.agents, self.caps, observer=observer)
 
     def key(self, sid: str = "s", tenant: str = "acme", user: str = "ann") -> SessionKey:
         return SessionKey(tenant, user, sid)

@@ -15,6 +15,7 @@ import typing as t
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from flask import Flask
 from werkzeug.test import Client
@@ -22,6 +23,7 @@ from werkzeug.test import Client
 import agentao_web
 from agentao_web import Principal
 from agentao_web import config
+from agentao_web import metrics
 from agentao_web import shutdown
 from agentao_web import testing
 from agentao_web import workers
@@ -338,6 +340,30 @@ def test_the_refusal_of_the_limits_page(ended: cabc.Callable[[Flask], Flask]) ->
     assert status == f"HTTP/1.1 {answer.status}" and json.loads(body) == answer.json
     assert {line.partition(": ")[2] for line in shown} <= set(answer.headers.values())
     assert page["sh"].startswith("agentao-web budget --tenant acme")
+
+
+def test_every_metric_the_docs_name_is_one() -> None:
+    page = (build.HERE / "observe.md").read_text("utf-8")
+    named = set(re.findall(r"`(agentao_[a-z_]+)", page))
+    loggers = {"agentao_web"}
+    assert named - loggers == set(metrics.METRICS)
+
+
+def test_the_scrape_config_and_the_curl_beside_it(
+    ended: cabc.Callable[[Flask], Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = blocks("yaml")
+    (job,) = yaml.safe_load(block.text)["scrape_configs"]
+    assert set(job["authorization"]) == {"credentials_file"}
+    app = ended(Flask("observe"))
+    app.config.update(AGENTAO_DEMO=True, AGENTAO_METRICS_TOKEN="a-token-of-the-test")
+    agentao_web.AgentaoWeb().init_app(app)
+    ((_, option, header, url),) = curls("observe.md")
+    assert (option, url) == ("-H", f"http://{job['static_configs'][0]['targets'][0]}/metrics")
+    name, _, word = header.partition(": ")
+    headers = {name: word.replace("$AGENTAO_METRICS_TOKEN", "a-token-of-the-test")}
+    answer = app.test_client().get(job["metrics_path"], headers=headers)
+    assert answer.status_code == 200 and "agentao_workers 1.0" in answer.text
 
 
 @pytest.mark.live

@@ -71,6 +71,7 @@ class Stage(t.Protocol):
     def ask(self, kind: str, data: cabc.Mapping[str, t.Any]) -> Question: ...
     def approved(self, data: cabc.Mapping[str, t.Any], by: str) -> None: ...
     def stop(self, reason: str) -> None: ...
+    def called(self, call: cabc.Mapping[str, t.Any]) -> None: ...
 
 
 class Bridge:
@@ -98,6 +99,7 @@ class Bridge:
         self._asked: set[str] = set()
         # What is said, and thought, comes in pieces: type and field of their events.
         self._said = {kind: Pieces(workspace) for kind in _IN_PIECES}
+        self._model = ""
 
     def attach(self, stage: Stage) -> None:
         """From now on events go to *stage*."""
@@ -129,6 +131,11 @@ class Bridge:
             self._confirming = str(event.data.get("call_id"))
         elif kind in _METERED:
             self._meter.hear(kind, event.data)
+        if kind == "llm_call_started":
+            self._model = self.text(event.data.get("model", ""), 128)
+        elif kind == "llm_call_completed" and stage is not None:
+            told = {name: event.data.get(name) for name in _CALLED}
+            stage.called({**told, "model": self._model})
         shape = _SHAPES.get(kind)
         if stage is None or shape is None:
             return
@@ -337,6 +344,9 @@ _USAGE: t.Final = (
     "cache_creation_tokens",
     "reasoning_tokens",
 )
+
+#: What is told of a call to the model besides its name; never what was said.
+_CALLED: t.Final = ("status", "duration_ms", "prompt_tokens", "completion_tokens")
 
 #: The allow-list: agentao's event type -> what a client sees of it. All else stays here.
 _SHAPES: t.Final[dict[str, cabc.Callable[[Bridge, Data], cabc.Iterator[Draft]]]] = {

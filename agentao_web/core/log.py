@@ -53,7 +53,11 @@ class Event:
 
     def weight(self) -> int:
         """About how many bytes this event holds in memory."""
-        size = _EVENT_OVERHEAD
+        return _EVENT_OVERHEAD + self.size()
+
+    def size(self) -> int:
+        """About how many bytes it tells."""
+        size = 0
         for fields in (self.data, self.extra) if self.extra else (self.data,):
             for value in fields.values():
                 size += len(value) if isinstance(value, str) else len(repr(value))

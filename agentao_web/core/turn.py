@@ -95,6 +95,8 @@ class TurnRequest:
     """Seconds of running time, at most the server's ``TURN_TIMEOUT``."""
     use: tuple[str, str] | None = None
     """The Idempotency-Key, and the SHA-256 of the body it came with."""
+    request_id: str = ""
+    """The X-Request-Id that its log lines carry."""
 
 
 @dataclasses.dataclass(frozen=True)

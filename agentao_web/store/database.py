@@ -70,8 +70,10 @@ class _Opened:
 class Database:
     """One database, by URL; see the module."""
 
-    def __init__(self, url: str | Path) -> None:
+    def __init__(self, url: str | Path, failed: cabc.Callable[[], None] = lambda: None) -> None:
+        """*failed* is called whenever the database could not be asked."""
         self._url = _checked(url)
+        self._failed = failed
         self._lock = threading.Lock()
         self._opened: _Opened | None = None
         self._seen = False
@@ -151,6 +153,7 @@ class Database:
         except (exc.DBAPIError, exc.TimeoutError, OSError) as error:
             cause = getattr(error, "orig", None) or error
             _LOG.error("the store is unavailable: %s", type(cause).__name__)
+            self._failed()
             raise StoreUnavailable from None
 
     def _open(self) -> _Opened:

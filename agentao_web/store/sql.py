@@ -106,8 +106,9 @@ class SqlStore:
         max_per_tenant: int | None = None,
         log_bytes: int = 4 * 2**20,
         clock: cabc.Callable[[], float] = time.time,
+        failed: cabc.Callable[[], None] = lambda: None,
     ) -> None:
-        self._db = Database(url)
+        self._db = Database(url, failed)
         self._max_per_tenant = max_per_tenant
         self._log_bytes = log_bytes
         self._clock = clock

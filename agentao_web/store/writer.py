@@ -16,6 +16,7 @@ import typing as t
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.log import Event
+from agentao_web.core.observer import Observer
 from agentao_web.store import Claim
 from agentao_web.store import Finish
 from agentao_web.store import Store
@@ -47,10 +48,21 @@ class _Job:
 class Writer:
     """Start it by using it; close it when the last turn has ended."""
 
-    def __init__(self, store: Store, *, interval: float, log: logging.Logger) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        interval: float,
+        log: logging.Logger,
+        observer: Observer | None = None,
+    ) -> None:
         self._store = store
         self._interval = interval
         self._log = log
+        self._observer = observer or Observer()
+        self._noted: float | None = None
+        """Since when something waits to be taken; then since when that is being written."""
+        self._writing: float | None = None
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._dirty: dict[int, Source] = {}
@@ -66,6 +78,8 @@ class Writer:
             # whole dictionary away before it asks a source what there is to write.
             return
         with self._lock:
+            if self._noted is None:
+                self._noted = time.monotonic()
             wake = not self._dirty or (urgent and not self._urgent)
             self._dirty[id(source)] = source
             self._urgent = self._urgent or urgent
@@ -84,12 +98,20 @@ class Writer:
             if self._closed:
                 raise StoreUnavailable("the store is closed")
             self._jobs.append(job)
+            if self._noted is None:
+                self._noted = time.monotonic()
             self._started()
         self._wake.set()
         if not job.done.wait(timeout):
             raise StoreUnavailable("the store did not answer in time")
         if job.error is not None:
             raise job.error
+
+    @property
+    def lag(self) -> float:
+        """Age of the oldest thing that is not in the store yet, in seconds."""
+        since = self._writing or self._noted
+        return 0.0 if since is None else max(0.0, time.monotonic() - since)
 
     def close(self, *, timeout: float) -> None:
         """Write what is left and end the thread, within *timeout* seconds."""
@@ -118,10 +140,12 @@ class Writer:
                 jobs, self._jobs = self._jobs, collections.deque()
                 self._urgent = False
                 closed = self._closed
-            for source in dirty:
-                self._flush(source)
-            for job in jobs:
-                self._commit(job)
+                # What could not be written the last time is still the oldest.
+                self._writing, self._noted = self._writing or self._noted, None
+            kept = [self._flush(source) for source in dirty]
+            kept += [self._commit(job) for job in jobs]
+            if all(kept):
+                self._writing = None
             if closed:
                 if not jobs:
                     return
@@ -138,10 +162,11 @@ class Writer:
             self._wake.wait(left)
         self._wake.set()
 
-    def _flush(self, source: Source) -> None:
+    def _flush(self, source: Source) -> bool:
+        """Write what it has; False if that has to be done again."""
         claim, events = source.unwritten()
         if claim is None or not events:
-            return
+            return True
         try:
             self._store.append(claim, events)
         except ClaimLost:
@@ -149,19 +174,25 @@ class Writer:
         except Exception as exc:
             # Kept in the source's log: the next batch, or the terminal transaction, has them.
             self._log.warning("events not stored yet: %s", type(exc).__name__)
+            return False
         else:
             last = events[-1].seq
             assert last is not None
             source.written(last)
+            self._observer.stored(events)
+        return True
 
-    def _commit(self, job: _Job) -> None:
+    def _commit(self, job: _Job) -> bool:
+        """Commit the end of a turn; who waits for it is told, so that is not done again."""
         try:
             claim, events = job.source.unwritten()
             if claim is None:
                 raise ClaimLost
             finish = dataclasses.replace(job.finish, events=[*events, *job.finish.events])
             self._store.finish(claim, finish)
+            self._observer.stored(finish.events)
         except Exception as exc:
             job.error = exc
         finally:
             job.done.set()
+        return True

@@ -25,11 +25,14 @@ class Route:
     summary: str
     view: cabc.Callable[..., t.Any]
     public: bool = False
+    scheme: t.Literal["bearer", "metrics"] = "bearer"
+    """Whose token it takes, if it is not public."""
     request: str | None = None
     query: tuple[str, ...] = ()
     headers: tuple[str, ...] = ()
     responses: cabc.Mapping[int, str] = dataclasses.field(default_factory=dict)
-    """Status -> name of a schema; ``stream:NAME`` for SSE or, as JSON, NAME; "" for no body."""
+    """Status -> name of a schema; ``stream:NAME`` for SSE or, as JSON, NAME; ``text`` for
+    plain text; "" for no body."""
     errors: tuple[int, ...] = ()
 
 
@@ -52,7 +55,14 @@ def document(routes: cabc.Iterable[Route], server: str) -> Schema:
             "schemas": SCHEMAS,
             "parameters": _PARAMETERS,
             "responses": {"Error": _error_response()},
-            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "metrics": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "The operator's AGENTAO_METRICS_TOKEN",
+                },
+            },
         },
         "security": [{"bearer": []}],
     }
@@ -69,6 +79,8 @@ def _operation(route: Route) -> Schema:
         operation["parameters"] = [{"$ref": f"#/components/parameters/{n}"} for n in names]
     if route.public:
         operation["security"] = []
+    elif route.scheme != "bearer":
+        operation["security"] = [{route.scheme: []}]
     if route.request is not None:
         content = {"application/json": {"schema": _ref(route.request)}}
         operation["requestBody"] = {"required": True, "content": content}
@@ -85,6 +97,8 @@ def _responses(route: Route) -> Schema:
 def _response(code: int, name: str) -> Schema:
     if not name:
         return {"description": "Nothing more; do not connect again"}
+    if name == "text":
+        return {"description": "Plain text", "content": {"text/plain": {"schema": _STRING}}}
     streams, _, schema = name.rpartition(":")
     content: Schema = {"application/json": {"schema": _ref(schema)}}
     if streams:

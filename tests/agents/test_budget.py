@@ -60,6 +60,9 @@ class FakeStage:
         self.reasons.append(reason)
         self.token.cancel(reason)
 
+    def called(self, call: t.Any) -> None:
+        pass
+
 
 class Scales:
     def estimate_tokens_breakdown(self, messages: t.Any, tools: t.Any) -> dict[str, int]:
