@@ -159,6 +159,7 @@ class SessionPool:
         self._draining = False
         self._until = float("inf")
         self._closed = threading.Event()
+        self._gone = threading.Event()
         self._nudge = threading.Event()
         self._janitor: threading.Thread | None = None
         self._peers = Peers(
@@ -657,7 +658,7 @@ class SessionPool:
             # Whoever is in the greatest hurry decides for all.
             self._until = min(self._until, start + grace)
         if not first:
-            self._closed.wait(grace + COMMIT_TIMEOUT)
+            self._gone.wait(grace + 2 * COMMIT_TIMEOUT)
             return
         self.wake_readers()
         self._wait_quiet(lambda: self._until - min(grace / 2, self._caps.stop_grace), leave=True)
@@ -710,16 +711,19 @@ class SessionPool:
             janitor = self._janitor
         self._closed.set()
         self._nudge.set()
-        if janitor is not None:
-            janitor.join(5)
-        self._writer.close(timeout=COMMIT_TIMEOUT)
-        for live in sessions:
-            live.close(force=True)
-            self._runner.drop_agent(live)
-        self._agents.close()
-        self._peers.close()
-        self.store.close()
-        self._observer.close()
+        try:
+            if janitor is not None:
+                janitor.join(5)
+            self._writer.close(timeout=COMMIT_TIMEOUT)
+            for live in sessions:
+                live.close(force=True)
+                self._runner.drop_agent(live)
+            self._agents.close()
+            self._peers.close()
+            self.store.close()
+            self._observer.close()
+        finally:
+            self._gone.set()
 
 
 def _status(turn: Turn) -> str:

@@ -942,3 +942,33 @@ def test_what_is_doomed_is_removed_by_one_thread_however_often_it_is_seen() -> N
     finally:
         gate.set()
         probe.pool.close()
+
+
+def test_a_second_drain_waits_until_all_is_closed(probe: Make) -> None:
+    """Whoever comes second ends the process next: nothing may be half closed by then."""
+    p = probe()
+    p.run()
+    gate, good = Gate(), p.store.close
+
+    def slow() -> None:
+        gate.stand()
+        good()
+
+    p.store.close = slow
+    returned: list[str] = []
+
+    def leave(name: str) -> None:
+        p.pool.drain(5)
+        returned.append(name)
+
+    first = threading.Thread(target=leave, args=("first",))
+    first.start()
+    gate.meet()
+    second = threading.Thread(target=leave, args=("second",))
+    second.start()
+    second.join(0.2)
+    assert returned == []
+    gate.opened.set()
+    first.join(PATIENCE)
+    second.join(PATIENCE)
+    assert sorted(returned) == ["first", "second"]
