@@ -40,12 +40,15 @@ class Talker:
         """Connections that ended in the middle."""
         self.pause = 0.0
         """The longest time in which nothing worked, in seconds."""
+        self.slowest = 0.0
+        """The longest turn, from its POST to its end, in seconds."""
         self._down: float | None = None
 
     def say(self, message: str) -> dict[str, t.Any]:
         """Have *message* answered: the turn's last event. Lost if that does not come."""
         key = secrets.token_hex(8)
-        until = time.monotonic() + self.patience
+        begun = time.monotonic()
+        until = begun + self.patience
         turn = None
         while turn is None:
             self._check(until, "no answer to a POST")
@@ -53,6 +56,7 @@ class Talker:
         while turn not in self.ends:
             self._check(until, "no end of a turn")
             self._read(turn)
+        self.slowest = max(self.slowest, time.monotonic() - begun)
         return self.ends[turn]
 
     def _post(self, message: str, key: str) -> str | None:

@@ -450,6 +450,7 @@ def test_the_hosts_own_pages_are_behind_it_too(tmp_path: Path, http2: bool) -> N
         assert seen["url"] == f"{site.nginx.url}/host/a?b=c"
         assert seen["headers"]["X-Request-Id"] == "abc-1"
         assert seen["headers"]["X-Forwarded-For"] == "127.0.0.1"
+        assert not seen["remote"], "a socket has no address: see ProxyFix in the docs"
         assert "Connection" not in seen["headers"]
         odd = client.get("/host", headers={"X-Request-Id": 'a"b'}).json()
         assert re.fullmatch("[0-9a-f]{32}", odd["headers"]["X-Request-Id"])

@@ -55,6 +55,7 @@ def test_a_reload_costs_a_conversing_client_a_short_pause(
         assert set(refused) <= {409, 503}
         print(
             f"{sum(len(one.ends) for one in talkers)} turns, refused {dict(refused)}, "
-            f"longest pause {max(one.pause for one in talkers):.2f} s"
+            f"longest pause {max(one.pause for one in talkers):.2f} s, "
+            f"slowest turn {max(one.slowest for one in talkers):.2f} s"
         )
         assert "Traceback" not in server.log.read_text()
