@@ -152,8 +152,10 @@ class Talker:
 
     def check(self) -> None:
         """What it was told is what is kept: Lost if not."""
-        kept = self._kept()
-        told = [event for event in self.events if event["seq"] is not None]
+        # Of a turn whose worker was killed the last moment was told and is not kept.
+        lost = {turn for turn, end in self.ends.items() if end["type"] == "error"}
+        kept = [event for event in self._kept() if event["turn_id"] not in lost]
+        told = [e for e in self.events if e["seq"] is not None and e["turn_id"] not in lost]
         if gaps := [event for event in told if event["type"] == "gap"]:
             raise Lost(f"{self.sid}: {gaps}")
         # Text is joined on the way out, differently for every reader.
