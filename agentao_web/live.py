@@ -55,6 +55,7 @@ class LiveTurn:
         "outcome",
         "left_at",
         "closing",
+        "lost",
         "abandoned",
         "kept",
         "accepted",
@@ -76,6 +77,8 @@ class LiveTurn:
         """The turn's waking clock when its last reader left; None while one is there."""
         self.closing = False
         """Its outcome is settled: nothing it says any more is heard."""
+        self.lost = False
+        """Its claim is another worker's: nothing it says is heard, and it has to be stopped."""
         self.abandoned = False
         """It was given up: its thread is still alive somewhere."""
         self.kept = False
@@ -341,7 +344,7 @@ class Live:
     def adopt(self, live: LiveTurn, agent: t.Any, version: int) -> bool:
         """Keep *agent* for this session; False if *live*, for which it was built, is over."""
         with self._cond:
-            if live.closing:
+            if live.closing or live.lost:
                 return False
             self.agent, self.agent_version = agent, version
             return True
@@ -464,7 +467,8 @@ class Live:
 
     def unwritten(self) -> tuple[Claim | None, list[Event]]:
         with self._cond:
-            claim = self._current.claim if self._current is not None else None
+            current = self._current
+            claim = current.claim if current is not None and not current.lost else None
             return claim, self._log.since(self._stored) if claim is not None else []
 
     def written(self, through: int) -> None:
@@ -475,7 +479,8 @@ class Live:
     def lost(self) -> None:
         with self._cond:
             if self._current is not None:
-                self._current.closing = True
+                # Not `closing`: it runs still, and what stops it or gives it up has to work.
+                self._current.lost = True
             looks = list(self._looks)
         for look in looks:
             look.set()
@@ -544,7 +549,8 @@ class Live:
     # -- inside --------------------------------------------------------------------------------
 
     def _may_write(self, live: LiveTurn) -> bool:
-        return live.claim is not None and not live.closing and live.turn.state not in ENDED
+        silent = live.claim is None or live.closing or live.lost
+        return not silent and live.turn.state not in ENDED
 
     def _write(self, turn_id: str, draft: Draft) -> Event | None:
         if self._log.room <= 1:

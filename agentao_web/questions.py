@@ -142,7 +142,7 @@ class Questions:
 
 def _over(turn: LiveTurn) -> str | None:
     """Why *turn* does not wait any more, or None."""
-    return turn.turn.stop_reason or ("turn_ended" if turn.closing else None)
+    return turn.turn.stop_reason or ("turn_ended" if turn.closing or turn.lost else None)
 
 
 def record(key: SessionKey, turn_id: str, question: Question) -> None:

@@ -593,17 +593,17 @@ class Runner:
         self, live: Live, turn: LiveTurn, outcome: Outcome, agent: Agent | None
     ) -> LiveTurn | None:
         """Commit and show how *turn* ended; the one to run next, if any."""
-        if live.close_turn(turn):
-            return self._commit(live, turn, self._worded(turn, outcome), agent)
-        if turn.abandoned:
+        if not live.close_turn(turn):
             # Its log is closed already, and this agent is nobody's.
             if agent is not None:
                 self.close_agent(agent)
             return None
-        # The store's writer found that the claim is lost: what was not stored never was.
-        live.disown()
-        self.drop_agent(live)
-        return self._show(live, turn, Outcome(State.FAILED, "worker_lost"), None)
+        if turn.lost:
+            # The store's writer found that the claim is lost: what was not stored never was.
+            live.disown()
+            self.drop_agent(live)
+            return self._show(live, turn, Outcome(State.FAILED, "worker_lost"), None)
+        return self._commit(live, turn, self._worded(turn, outcome), agent)
 
     def _worded(self, turn: LiveTurn, outcome: Outcome) -> Outcome:
         outcome = settle(outcome, turn.turn.stop_reason)

@@ -596,6 +596,8 @@ class SessionPool:
 
     def _check(self, live: Live, turn: LiveTurn, now: float) -> None:
         reason = limits.overdue(turn.turn, now, max_waiting=self._caps.max_waiting_time)
+        if turn.lost:
+            reason = "worker_lost"
         if reason is None and turn.turn.request.on_disconnect == "cancel" and not turn.kept:
             left_at = turn.left_at
             if left_at is not None:

@@ -415,6 +415,49 @@ def test_a_turn_that_ignores_its_stop_is_given_up(probe: Make) -> None:
     assert "too late" not in str(p.log())
 
 
+def lose_its_claim(p: Probe, started: Started) -> None:
+    """What happens when another worker has taken the session over, and the writer finds out."""
+    live, lost, found_out = started.live, started.live.lost, threading.Event()
+
+    def append(*args: t.Any) -> t.NoReturn:
+        raise ClaimLost
+
+    def find_out() -> None:
+        lost()
+        found_out.set()
+
+    p.store.append = append
+    live.lost = find_out  # type: ignore[method-assign]
+    assert started.turn is not None
+    live.publish(started.turn, Draft("llm_text", {"chunk": "more"}))
+    p.pool._writer.note(live, urgent=True)
+    assert found_out.wait(PATIENCE)
+
+
+def test_a_turn_whose_claim_is_lost_is_stopped(probe: Make) -> None:
+    p = probe(until_stopped)
+    started = p.start()
+    read_until(p.pool, started, "llm_text")
+    lose_its_claim(p, started)
+    last = p.finish(started)
+    assert (last.seq, last.extra["error"]["code"]) == (None, "worker_lost")
+    until_zero(p, "slots")
+
+
+def test_a_turn_whose_claim_is_lost_and_that_ignores_its_stop_is_given_up(probe: Make) -> None:
+    gate = Gate()
+    p = probe(lambda agent, request, stage: gate.stand(), stop_grace=0.05)
+    started = p.start()
+    gate.meet()
+    lose_its_claim(p, started)
+    last = p.finish(started)
+    assert (last.seq, last.extra["error"]["code"]) == (None, "worker_lost")
+    assert p.pool.counts()["given_up"] == 1
+    gate.opened.set()
+    until_zero(p, "given_up")
+    assert p.agents.built[0].closed == 1
+
+
 def until_zero(p: Probe, name: str) -> None:
     until_count(p, name, 0)
 
