@@ -586,6 +586,8 @@ class SessionPool:
         """Look at every deadline once: turns, readers that left, idle sessions."""
         for turn, live in self._books.running():
             self._check(live, turn, now)
+        # Not every place that comes free has a thread at hand: who parks gives one back too.
+        self._runner.next_in_line()
         with self._lock:
             idle = limits.expired(self._map.values(), now, self._caps.session_ttl)
             crowd = [e for e in self._over_caps() if e not in idle]

@@ -110,6 +110,28 @@ def test_a_conversation_in_random_order_of_workers_is_never_forgotten(crew: Crew
     assert len(last.messages) == 80, "the agent that answered last knew it all"
 
 
+def test_a_place_given_back_by_who_waits_elsewhere_is_taken(crew: Crew) -> None:
+    """It has no thread while it waits for another worker, so nobody comes by to look."""
+    one, two = crew(until_stopped, say_ok, max_turns=1)
+    busy = one.start()
+    behind: list[Started] = []
+    good = two.store.enqueue
+
+    def enqueue(key: t.Any, *args: t.Any, **options: t.Any) -> t.Any:
+        if key == two.key():
+            two.store.enqueue = good
+            behind.append(two.start("in line", "other", on_busy="queue"))
+            assert behind[0].status == "queued", "the other one holds the place still"
+        return good(key, *args, **options)
+
+    two.store.enqueue = enqueue
+    parked = two.start("behind the other worker's", on_busy="queue")
+    assert two.finish(behind[0]).data["status"] == "completed"
+    one.pool.cancel(one.key())
+    assert final(one, busy).data["status"] == "cancelled"
+    assert final(two, parked).data["status"] == "cancelled"
+
+
 def test_a_busy_session_is_busy_everywhere(crew: Crew) -> None:
     one, two = crew(until_stopped, say_ok)
     started = one.start()
