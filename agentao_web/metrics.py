@@ -100,7 +100,9 @@ METRICS: t.Final = {
             _MOMENTS,
         ),
         Metric("agentao_turns_running", "gauge", "Turns that run or wait for people."),
-        Metric("agentao_turns_queued", "gauge", "Turns that wait for their session."),
+        Metric(
+            "agentao_turns_queued", "gauge", "Turns that wait for their session, or for a place."
+        ),
         Metric(
             "agentao_turns_given_up_total", "counter", "Turns that ignored their stop for too long."
         ),
@@ -159,7 +161,7 @@ METRICS: t.Final = {
 _AGES: t.Final = frozenset({"agentao_worker_heartbeat_age_seconds"})
 
 Gauges = cabc.Callable[[], cabc.Mapping[str, float]]
-#: (name, labels in their order, what of a histogram: "le=…", "sum") -> value
+#: (name, labels in their order, what of a histogram: a bucket's bound, "+Inf", "sum") -> value
 _Key = tuple[str, tuple[str, ...], str]
 _Numbers = dict[_Key, float]
 
@@ -326,12 +328,17 @@ class Book:
 
         self.path = path
         self._held = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._held, fcntl.LOCK_EX)
-        # All of it now: to write into a mapped hole of a full disk would kill the process.
-        os.posix_fallocate(self._held, 0, size)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX)
+            # All of it now: to write into a mapped hole of a full disk would kill the process.
+            os.posix_fallocate(self._held, 0, size)
+            mapped: t.Any = MmapedDict
+            self._values = mapped(str(path))
+        except BaseException:
+            # Nobody's then, so whoever comes next removes it.
+            os.close(self._held)
+            raise
         self._room = size - 8
-        mapped: t.Any = MmapedDict
-        self._values = mapped(str(path))
         self._keys: dict[_Key, tuple[str, float]] = {}
 
     def add(self, key: _Key, amount: float) -> bool:

@@ -302,8 +302,10 @@ def test_a_full_disk_costs_metrics_only(
 
     monkeypatch.setattr(metrics.os, "posix_fallocate", full)
     one = worker()
+    before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         one.refused("draining")
+    assert len(os.listdir("/proc/self/fd")) == before, "no descriptor is left at each attempt"
     assert value(read(one), "agentao_refusals_total", code="draining") is None
     assert caplog.text.count("no metrics of this worker") == 1
 
