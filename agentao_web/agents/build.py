@@ -294,8 +294,8 @@ def _leads_out(tool: Tool, given: dict[str, t.Any]) -> bool:
     return False
 
 
-# Memory. There is no tool to save one; what agentao saves by itself (summaries of what it
-# compacts) is in the history already, and a database in memory costs 100 KB per session.
+# Where memory is off. What agentao saves by itself (summaries of what it compacts) is in the
+# history already, and a database in memory costs 100 KB per session.
 
 
 class NoMemory:
