@@ -50,7 +50,16 @@ class Server:
     trust_read_only: bool = False
     """A tool that says it only reads is believed."""
     secrets: tuple[str, ...] = dataclasses.field(default=(), repr=False)
-    """Texts that no result may show."""
+    """Texts that no result may show, longest first: the keys, and where it is."""
+    keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    """Values of variables, which no log line may show either, longest first."""
+
+
+def without(text: str, secrets: cabc.Iterable[str]) -> str:
+    """*text* with every one of *secrets*, longest first, left out."""
+    for secret in secrets:
+        text = text.replace(secret, "…")
+    return text
 
 
 def read_servers(
@@ -92,9 +101,14 @@ def _server(
     config = {**filled, "oauth": False, "resources": False, "skills": False, "trust": trust}
     # Where it is, too; a bare name like "python" is no secret.
     places = [text for key in ("url", "command") if "/" in (text := filled.get(key, ""))]
-    hidden = {*places, *(text for text in secrets if len(text) >= _SHORTEST_SECRET)}
-    longest_first = tuple(sorted(hidden, key=len, reverse=True))
-    return Server(name, config, trust, trust_read_only, longest_first)
+    keys = {text for text in secrets if len(text) >= _SHORTEST_SECRET}
+    hidden, known = longest_first({*places, *keys}), longest_first(keys)
+    return Server(name, config, trust, trust_read_only, hidden, known)
+
+
+def longest_first(secrets: cabc.Iterable[str]) -> tuple[str, ...]:
+    """So that none is found in another one first."""
+    return tuple(sorted(secrets, key=len, reverse=True))
 
 
 def _check(name: str, entry: t.Any) -> None:

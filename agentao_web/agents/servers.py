@@ -37,6 +37,8 @@ from mcp.client.stdio import stdio_client
 
 from agentao_web.agents import guards
 from agentao_web.agents.mcp import Server
+from agentao_web.agents.mcp import longest_first
+from agentao_web.agents.mcp import without
 
 #: Characters of one result.
 MAX_RESULT: t.Final = 200_000
@@ -78,6 +80,38 @@ def check_agentao() -> None:
                 raise RuntimeError(f"{owner.__name__}.{name} of agentao is gone: {guards.CURE}")
 
 
+class _Hidden(logging.Filter):
+    """Leaves the keys of all servers out of what libraries log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._keys: tuple[str, ...] = ()
+
+    def know(self, servers: cabc.Iterable[Server]) -> None:
+        """Hide the keys of these too. Harmless twice."""
+        keys = {key for server in servers for key in server.keys}
+        if not keys <= set(self._keys):
+            self._keys = longest_first(keys.union(self._keys))
+        for name in _TALKATIVE:
+            logging.getLogger(name).addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        with contextlib.suppress(TypeError, ValueError):  # A line that cannot be formatted.
+            said = record.getMessage()
+            shown = without(said, self._keys)
+            if shown != said:
+                record.msg, record.args = shown, ()
+        return True
+
+
+#: Loggers that quote the URL of a server, with the key that may be in it.
+_TALKATIVE: t.Final = (
+    *("agentao.mcp", "httpx", "httpx2"),
+    *("mcp.client.sse", "mcp.client.streamable_http"),
+)
+_HIDDEN: t.Final = _Hidden()
+
+
 class _Client(McpClient):
     """agentao's client of one server, which starts it with the environment of its file alone."""
 
@@ -100,6 +134,7 @@ class Servers(McpClientManager):
     def __init__(self, servers: cabc.Iterable[Server]) -> None:
         self.servers = {server.name: server for server in servers}
         super().__init__({name: server.config for name, server in self.servers.items()})
+        _HIDDEN.know(self.servers.values())
         self._connecting: Future[None] | None = None
         self._until = 0.0
         self._equipped = False
@@ -156,7 +191,9 @@ class Servers(McpClientManager):
         for name in missing:
             client = self.get_client(name)
             reason = (client.error_message if client else None) or "no answer in time"
-            log.error("MCP server %s is not there: %s", name, reason)
+            # In the words of whoever answered, and of a library that quotes the whole URL.
+            reason = without(reason, self.servers[name].keys)
+            log.error("MCP server %s is not there: %r", name, reason)
         for tool in self.tools(policy, log):
             if tool.name in agent.tools.tools:
                 log.error("MCP: the name %s is taken by another tool", tool.name)
@@ -240,8 +277,7 @@ class ServerTool(McpTool):
     def execute(self, **given: t.Any) -> str:
         result = self._servers.call_tool_result(self._server_name, self._mcp_tool.name, given)
         text = result if isinstance(result, str) else render_call_result(result)
-        for secret in self._server.secrets:
-            text = text.replace(secret, "…")
+        text = without(text, self._server.secrets)
         if isinstance(result, str) and result.startswith(("MCP connection error", "MCP auth")):
             # Why is for the operator, and in the log.
             return f"Error: the server {self._server_name} cannot be reached. Nothing was done."

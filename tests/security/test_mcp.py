@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections.abc as cabc
+import http.server
 import json
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 import typing as t
 from pathlib import Path
@@ -133,6 +135,38 @@ def test_of_two_tools_with_one_name_the_first_stays(
         "mcp_x_y_z",
     ]
     assert "mcp_a_b_c is taken" in caplog.text
+
+
+@pytest.mark.parametrize("transport", ["http", "sse"])
+def test_no_log_line_has_a_key_or_a_line_of_a_servers_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, transport: str
+) -> None:
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    caplog.set_level(logging.DEBUG)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}/mcp?key=${{KEY}}"
+        file = write(tmp_path, x={"type": transport, "url": url})
+        known = read_servers(file, {"KEY": "the-operators-own-key"}, call_timeout=5)
+        servers = Servers(known.values())
+        try:
+            servers.equip(make(tmp_path / "ws", ScriptedLLM()), "ask", CancellationToken(), LOG)
+        finally:
+            servers.close()
+            servers.wait_gone(time.monotonic() + PATIENCE)
+            server.shutdown()
+    ours = [r.getMessage() for r in caplog.records if r.name == LOG.name]
+    assert len(ours) == 1 and ours[0].startswith("MCP server x is not there: ")
+    assert "\n" not in ours[0]
+    assert "the-operators-own-key" not in caplog.text
 
 
 # -- what a server sees ----------------------------------------------------------------------------
