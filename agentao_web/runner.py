@@ -521,8 +521,13 @@ class Runner:
 
     def _run(self, live: Live, turn: LiveTurn) -> LiveTurn | None:
         agent: Agent | None = None
-        if turn.claim is None and self._refused(turn):
-            return self._withdrawn(live, turn)
+        if turn.claim is None:
+            # The store is asked by the thread that accepts it, whose client is to hear of the end.
+            if not turn.accepted.wait(COMMIT_TIMEOUT):
+                outcome = Outcome(State.FAILED, "store_unavailable")
+                return self._conclude(live, turn, outcome, None)
+            if turn.refused:
+                return self._withdrawn(live, turn)
         try:
             if turn.claim is None and not self._claimed(live, turn):
                 return None
@@ -558,10 +563,6 @@ class Runner:
                 self.swept(live, [turn])
             return False
         return True
-
-    def _refused(self, turn: LiveTurn) -> bool:
-        """Whether the store, asked by the thread that accepts *turn*, did not take it."""
-        return not turn.accepted.wait(COMMIT_TIMEOUT) or turn.refused
 
     def _withdrawn(self, live: Live, turn: LiveTurn) -> LiveTurn | None:
         self._books.slot(-1)

@@ -295,7 +295,7 @@ class SessionPool:
             raise
         admitted.accepted.set()
         if admitted.outcome is not None:
-            # Stopped before it had a row.
+            # Stopped, or given up, before it had a row.
             self._runner.dequeue(live, admitted)
         if runs:
             self._runner.start(live, admitted)

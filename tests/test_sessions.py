@@ -302,6 +302,26 @@ def test_a_place_that_comes_free_before_the_store_has_answered(probe: Make) -> N
     assert p.finish(later).data["status"] == "completed"
 
 
+def test_a_turn_the_store_takes_too_late_ends_all_the_same(
+    probe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentao_web.runner.COMMIT_TIMEOUT", 0.05)
+    p, gate = one_at_a_time(probe)
+    good = p.store.enqueue
+
+    def late(*args: t.Any, **options: t.Any) -> t.Any:
+        gate.opened.set()
+        until_zero(p, "turns")
+        return good(*args, **options)
+
+    p.store.enqueue = late
+    later = p.start("later", "b", on_busy="queue")
+    last = p.finish(later)
+    assert last.extra["error"]["code"] == "store_unavailable"
+    assert p.store.active(p.key("b")) == [], "its row does not outlive it"
+    assert p.pool.counts()["slots"] == 0
+
+
 def test_a_full_queue_refuses(probe: Make) -> None:
     p = probe(until_stopped, max_queue=1)
     first = p.start()
