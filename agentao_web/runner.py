@@ -144,10 +144,10 @@ class Books:
             self.line.pop(turn, None)
             self.quiet.notify_all()
 
-    def slot(self, change: int) -> None:
-        """Take (1) or give back (-1) the place of a running turn."""
+    def give_back(self) -> None:
+        """A running turn leaves its place."""
         with self.lock:
-            self.slots += change
+            self.slots -= 1
 
     def abandon(self, change: int) -> int:
         """Count a thread that was given up (1), or came back after all (-1)."""
@@ -165,6 +165,15 @@ class Books:
         """Give *turn* a slot again; False if somebody else has done so, or ended it."""
         with self.lock:
             if self.parked.pop(turn, None) is None and self.line.pop(turn, None) is None:
+                return False
+            self.slots += 1
+            return True
+
+    def place(self, turn: LiveTurn, live: Live, most: int) -> bool:
+        """*turn* gets a slot if fewer than *most* are taken; otherwise False, and it is in line."""
+        with self.lock:
+            if self.slots >= most:
+                self.line[turn] = live
                 return False
             self.slots += 1
             return True
@@ -340,10 +349,18 @@ class Runner:
             self.start(live, turn)
 
     def go_on(self, live: Live, turn: LiveTurn | None) -> None:
-        """Run *turn*, whose time has come, on a new thread."""
-        if turn is not None:
-            self._books.slot(1)
+        """Run *turn*, whose time has come, on a new thread, as soon as there is a place."""
+        if turn is not None and self._placed(live, turn):
             self.start(live, turn)
+
+    def _placed(self, live: Live, turn: LiveTurn) -> bool:
+        """Give *turn* a slot, or put it in line: who was before it may have none to leave."""
+        if self._books.place(turn, live, self._max_turns):
+            return True
+        if turn.turn.stop_reason is not None:
+            # Stopped while it was queued: it does not wait any more.
+            self.swept(live, [turn])
+        return False
 
     def stop(self, live: Live, turn: LiveTurn, reason: str) -> bool:
         """Stop one turn; False if it had ended or was stopped before."""
@@ -512,10 +529,10 @@ class Runner:
             turn = following
             with trail.along(_told(live, turn)):
                 following = self._run(live, turn)
-            if following is not None:
-                self._books.slot(1)
+            if following is not None and not self._placed(live, following):
+                following = None
         if turn.abandoned:
-            self._books.slot(-1)
+            self._books.give_back()
             self._books.abandon(-1)
         self.next_in_line()
 
@@ -565,7 +582,7 @@ class Runner:
         return True
 
     def _withdrawn(self, live: Live, turn: LiveTurn) -> LiveTurn | None:
-        self._books.slot(-1)
+        self._books.give_back()
         following = live.withdraw(turn)
         self._books.leave(turn)
         return following
@@ -670,7 +687,7 @@ class Runner:
         self.observer.ended(live.key, turn.turn, outcome, self._clock())
         if not turn.abandoned:
             # Before anyone is told: whoever reacts with the next turn finds room for it.
-            self._books.slot(-1)
+            self._books.give_back()
         following = live.end(turn, outcome, final)
         self._books.leave(turn)
         return following

@@ -261,7 +261,7 @@ class SessionPool:
             return self._start(key, turn)
         except AlreadyAccepted as before:
             return self._join(key, before.turn_id)
-        except (SessionBusy, BudgetExhausted):
+        except (SessionBusy, TooManyTurns, BudgetExhausted):
             # A repeated request is joined, also while its first one runs.
             joined = self._repeated(key, request)
             if joined is None:
@@ -380,26 +380,31 @@ class SessionPool:
             live = self.peek(key) or self._open(key, self._head(key))
             # Registering and setting `_draining` take the same lock: refused or swept, not neither.
             with self._lock:
-                lines_up = self._refuse_if_full(key, turn.request)
+                full = self._refuse_if_full(key, turn.request, behind=bool(live.turns()))
                 try:
                     admitted, holder = live.admit(turn, max_queue=self._caps.max_queue)
                 except Draining:
                     continue  # Evicted between the two lines above: out of the map already.
                 self._books.enter(admitted, live)
-                if holder is None and lines_up:
+                lines_up = full and holder is None
+                if lines_up:
                     self._books.line[admitted] = live
                 elif holder is None:
                     self._books.slots += 1
-            return live, admitted, holder, holder is None and lines_up
+            return live, admitted, holder, lines_up
 
-    def _refuse_if_full(self, key: SessionKey, request: TurnRequest) -> bool:
-        """Raise what refuses the turn; whether it has to wait for a place, as its client wishes."""
+    def _refuse_if_full(self, key: SessionKey, request: TurnRequest, *, behind: bool) -> bool:
+        """Raise what refuses the turn; whether every place is taken.
+
+        One *behind* another of its session, whose place it will have, needs none.
+        """
         if self._draining:
             raise Draining
         caps = self._caps
         books = self._books
         full = books.slots >= caps.max_turns
-        if full and (request.on_busy != "queue" or len(books.line) >= caps.max_line):
+        may_wait = behind or (request.on_busy == "queue" and len(books.line) < caps.max_line)
+        if full and not may_wait:
             quota = Quota("turns", caps.max_turns)
             raise TooManyTurns("this worker runs as many turns as it may", quota=quota)
         tenants = [live.key for live in self._books.turns.values() if live.tenant == key.tenant]
@@ -422,7 +427,7 @@ class SessionPool:
             runs = self._books.unpark(turn)
         if runs or live.waits(turn):
             if runs:
-                self._books.slot(-1)
+                self._books.give_back()
             following = live.withdraw(turn)
             self._books.leave(turn)
             self._runner.go_on(live, following)

@@ -235,6 +235,45 @@ def test_the_line_is_bounded(probe: Make) -> None:
     gate.opened.set()
 
 
+def test_who_waits_for_its_own_session_needs_no_place(probe: Make) -> None:
+    """It takes the place of the turn before it, however many others wait for one."""
+    p, gate = one_at_a_time(probe, max_line=1)
+    p.start("later", "b", on_busy="queue")
+    queued = p.start("queued", "a", on_busy="queue")
+    interrupting = p.start("now", "a", on_busy="interrupt")
+    with pytest.raises(SessionBusy):
+        p.start("rejected", "a")
+    gate.opened.set()
+    for started in (interrupting, queued):
+        assert p.finish(started).data["status"] == "completed"
+
+
+def test_who_follows_a_turn_without_a_place_waits_for_one_too(probe: Make) -> None:
+    p, gate = one_at_a_time(probe)
+    waiting = p.start("later", "b", on_busy="queue")
+    behind = p.start("behind", "b", on_busy="queue")
+    interrupting = p.start("now", "b", on_busy="interrupt")
+    assert p.finish(waiting).data["reason"] == "interrupted"
+    assert p.pool.counts()["slots"] == 1, "no more than there are"
+    assert p.pool.cancel(p.key("b")) == 2
+    for started in (interrupting, behind):
+        assert p.finish(started).data["reason"] == "cancelled_by_user"
+    last = p.start("last", "b", on_busy="queue")
+    gate.opened.set()
+    assert p.finish(last).data["status"] == "completed"
+    until_zero(p, "slots")
+
+
+def test_a_repeated_request_is_joined_also_when_there_is_no_place(probe: Make) -> None:
+    p, gate = one_at_a_time(probe, max_line=1)
+    use = ("key", "0" * 64)
+    first = p.start("later", "b", on_busy="queue", use=use)
+    again = p.start("later", "b", on_busy="queue", use=use)
+    assert again.turn_id == first.turn_id
+    gate.opened.set()
+    assert p.finish(again).data["status"] == "completed"
+
+
 @pytest.mark.parametrize("how", ["cancel", "delete", "drain"])
 def test_a_turn_in_line_can_be_stopped(probe: Make, how: str) -> None:
     p, gate = one_at_a_time(probe)
