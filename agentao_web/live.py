@@ -94,6 +94,7 @@ class Audience(t.Protocol):
 
     turn: LiveTurn | None
     cursor: int | None
+    saw_idle: bool
 
     @property
     def over(self) -> bool: ...
@@ -529,6 +530,9 @@ class Live:
     def _news(self, reader: Audience) -> bool:
         cursor, head = reader.cursor, self.head
         if self.closed or cursor is None or cursor < head or is_ahead(cursor, head):
+            return True
+        if not reader.saw_idle and self.state() == "idle":
+            # It may have read the last event in the store before we heard of that end.
             return True
         return reader.turn is not None and reader.turn.final is not None
 
