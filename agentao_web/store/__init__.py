@@ -205,6 +205,11 @@ class Store(t.Protocol):
     def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
         """Write a batch to the log; ClaimLost if the claim is no longer ours."""
 
+    def append_many(
+        self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]
+    ) -> list[Claim]:
+        """Write the batches of several sessions together; the claims that are no longer ours."""
+
     def finish(self, claim: Claim, finish: Finish) -> None:
         """The terminal transaction, which also releases the claim; ClaimLost as above.
 

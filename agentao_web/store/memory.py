@@ -249,6 +249,17 @@ class MemoryStore:
         with self._lock:
             self._write(self._held(claim), events)
 
+    def append_many(
+        self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]
+    ) -> list[Claim]:
+        lost: list[Claim] = []
+        for claim, events in batches:
+            try:
+                self.append(claim, events)
+            except ClaimLost:
+                lost.append(claim)
+        return lost
+
     def finish(self, claim: Claim, finish: Finish) -> None:
         messages = [json.dumps(message) for message in finish.appended]
         with self._lock:

@@ -204,11 +204,27 @@ class SqlStore:
 
     def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
         with self._db.batch() as db:
-            session = steps.held(db, claim.key, claim.generation)
-            place = steps.write(db, session, events)
-            if place["log_bytes"] > self._log_bytes * 5 // 4:
-                place |= steps.prune(db, session, place["log_bytes"], self._log_bytes)
-            steps.change(db, session, place)
+            self._append(db, claim, events)
+
+    def append_many(
+        self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]
+    ) -> list[Claim]:
+        lost: list[Claim] = []
+        with self._db.batch() as db:
+            for claim, events in batches:
+                try:
+                    self._append(db, claim, events)
+                except ClaimLost:
+                    # Found out before anything of it was written.
+                    lost.append(claim)
+        return lost
+
+    def _append(self, db: sa.Connection, claim: Claim, events: cabc.Sequence[Event]) -> None:
+        session = steps.held(db, claim.key, claim.generation)
+        place = steps.write(db, session, events)
+        if place["log_bytes"] > self._log_bytes * 5 // 4:
+            place |= steps.prune(db, session, place["log_bytes"], self._log_bytes)
+        steps.change(db, session, place)
 
     def finish(self, claim: Claim, finish: Finish) -> None:
         with self._db.write() as db:

@@ -161,6 +161,22 @@ def log(store: Store, after: int | None = None) -> list[Event]:
 # -- claims ------------------------------------------------------------------------------------
 
 
+def test_batches_of_several_sessions_are_written_together(store: Store) -> None:
+    """The one whose claim is lost is named, and keeps nobody from writing."""
+    keys = [SessionKey("acme", "ann", name) for name in ("a", "b", "c")]
+    held = [store.claim(key, row(f"t{key.id}"), OPENING, 1.0) for key in keys]
+    gone = dataclasses.replace(held[1], generation=held[1].generation - 1)
+    claims = [held[0], gone, held[2]]
+    texts = [
+        [Event(t.cast(int, c.opening.seq) + 1, c.turn_id, "llm_text", {"chunk": c.key.id}, 1.0)]
+        for c in claims
+    ]
+    lost = store.append_many(list(zip(claims, texts, strict=True)))
+    assert [claim.key.id for claim in lost] == ["b"]
+    said = [store.events(key, None, limit=9, max_bytes=999).events[1:] for key in keys]
+    assert [[e.data["chunk"] for e in part] for part in said] == [["a"], [], ["c"]]
+
+
 def test_a_turn_may_be_queued_in_a_new_session(store: Store) -> None:
     """It waits for a place on its worker; and then it may claim."""
     assert store.enqueue(KEY, row("t1"), limit=4, new=True) == 1
