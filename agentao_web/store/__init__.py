@@ -358,8 +358,9 @@ class Store(t.Protocol):
     def take_over(self, orphan: Orphan, worker: str) -> Claim | None:
         """Take the session from a dead worker to end *orphan*, in a new generation.
 
-        The claim has an opening that was not written: the caller finishes at once. A queued orphan
-        is removed and None returned, as for one that somebody else has taken over already.
+        The claim has an opening that was not written: the caller finishes at once. None for one
+        that somebody else has taken over already, and for a queued one while another turn holds
+        the session: it is found again later.
         """
 
     def close(self) -> None:

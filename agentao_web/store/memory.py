@@ -517,10 +517,9 @@ class MemoryStore:
             record = self._records.get(orphan.key)
             if record is None:
                 return None
-            if not orphan.running:
-                self._end_queued(record, orphan)
+            if not orphan.running and not self._take_queued(record, orphan):
                 return None
-            if not _is_still(orphan, record):
+            if orphan.running and not _is_still(orphan, record):
                 return None
             assert record.running is not None
             self._unsignal(orphan)
@@ -607,11 +606,14 @@ class MemoryStore:
         record.generation = self._generation
         return self._generation
 
-    def _end_queued(self, record: _Record, orphan: Orphan) -> None:
-        if any(turn.id == orphan.turn_id for turn in record.queue):
-            record.queue = [turn for turn in record.queue if turn.id != orphan.turn_id]
-            record.ended[orphan.turn_id] = None
-            self._unsignal(orphan)
+    def _take_queued(self, record: _Record, orphan: Orphan) -> bool:
+        mine = [turn for turn in record.queue if turn.id == orphan.turn_id]
+        if record.generation is not None or not mine:
+            return False
+        record.queue = [turn for turn in record.queue if turn.id != orphan.turn_id]
+        record.running, record.cursor = mine[0], record.row.head
+        record.row = dataclasses.replace(record.row, turn_id=orphan.turn_id)
+        return True
 
     def _unsignal(self, orphan: Orphan) -> None:
         mine = (orphan.key, orphan.turn_id)

@@ -521,8 +521,7 @@ class SqlStore:
             if session is None:
                 return None
             if not orphan.running:
-                _end(db, session, orphan.turn_id, None)
-                return None
+                return self._take_queued(db, session, orphan, worker)
             expected = orphan.generation if isinstance(orphan, FoundOrphan) else session.generation
             if session.turn_id != orphan.turn_id or session.generation != expected:
                 return None
@@ -534,6 +533,20 @@ class SqlStore:
             return taken_over(orphan, generation, session.version, session.head)
 
     # -- inside --------------------------------------------------------------------------------
+
+    def _take_queued(
+        self, db: sa.Connection, session: _Row, orphan: Orphan, worker: str
+    ) -> Claim | None:
+        if session.generation is not None:
+            return None
+        this = steps.this_turn(session, orphan.turn_id, "queued")
+        began = {"state": "running", "worker": worker, "position": 0, "cursor": session.head}
+        if not db.execute(sa.update(turns).where(this).values(**began)).rowcount:
+            return None
+        _unask(db, session, orphan.turn_id)
+        generation = steps.next_generation(db, self._clock())
+        steps.change(db, session, {"generation": generation, "turn_id": orphan.turn_id})
+        return taken_over(orphan, generation, session.version, session.head)
 
     def _retried(
         self,

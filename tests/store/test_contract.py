@@ -1080,18 +1080,24 @@ def test_who_took_over_may_die_too(store: Store) -> None:
     store.finish(second, ending(second, 2))
 
 
-def test_a_queued_orphan_is_removed_and_never_begins(store: Store) -> None:
+def test_a_queued_orphan_waits_for_its_session_and_never_begins(store: Store) -> None:
+    """Its end is an event like every other, and only who holds the session writes one."""
     held = claim(store, "t1")
     store.beat("worker-1")
     enqueue(store, "t2", worker="worker-2")
     store.signal(KEY, "cancelled_by_user", but="worker-1")
     (orphan,) = store.orphans(PATIENCE)
     assert store.take_over(orphan, "worker-1") is None
-    assert [a.id for a in store.active(KEY)] == ["t1"]
-    assert store.ended(KEY, "t2") is None
-    assert store.signals("worker-2") == []
+    assert [a.id for a in store.active(KEY)] == ["t1", "t2"]
     store.finish(held, ending(held, 2))
-    with pytest.raises(ClaimLost):
+    assert [found.turn_id for found in store.orphans(PATIENCE)] == ["t2"]
+    taken = store.take_over(orphan, "worker-1")
+    assert taken is not None and taken.generation > held.generation
+    assert store.take_over(orphan, "worker-3") is None, "once"
+    assert store.signals("worker-2") == []
+    store.finish(taken, ending(taken, 1))
+    assert store.ended(KEY, "t2") is not None
+    with pytest.raises((ClaimLost, SessionBusy)):
         claim(store, "t2", worker="worker-2")
     run(store, "t3")
 
