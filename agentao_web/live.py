@@ -112,6 +112,8 @@ class Live:
         self.agent_version = -1
         self.closed = False
         self.deleting = False
+        self.queued_elsewhere = False
+        """Whether turns wait in the store that are none of ours, as far as is known."""
         self.elsewhere: str | None = None
         """The turn that another worker runs here, as far as is known."""
         self.noticed: str | None = None
@@ -156,9 +158,10 @@ class Live:
         with self._cond:
             if self.owned:
                 return
-            if (self.elsewhere, self._remote_head) == (row.turn_id, row.head):
+            known = (self.elsewhere, self.queued_elsewhere, self._remote_head)
+            if known == (row.turn_id, row.queued, row.head):
                 return  # Nobody is woken for nothing: there may be a thousand of them.
-            self.elsewhere = row.turn_id
+            self.elsewhere, self.queued_elsewhere = row.turn_id, row.queued
             self._remote_head = row.head
             self._cond.notify_all()
 
@@ -180,7 +183,9 @@ class Live:
         """``idle``, ``running`` or ``waiting``."""
         current = self._current
         if current is None:
-            return "idle" if self.elsewhere is None else "running"
+            # Who waits for a turn that is queued is not to be sent away as from an idle session.
+            busy = self.elsewhere is not None or self.queued_elsewhere
+            return "running" if busy else "idle"
         return "waiting" if current.turn.state is State.WAITING else "running"
 
     # -- starting ------------------------------------------------------------------------------
@@ -259,7 +264,7 @@ class Live:
             self._log.claim(claim.generation)
             self._log.add(claim.opening)
             self._stored = self._remote_head = opening
-            self.elsewhere = None
+            self.elsewhere, self.queued_elsewhere = None, False
             live.transcript.add(claim.opening)
             now = self.clock()
             live.turn.step("begin", now)

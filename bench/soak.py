@@ -238,7 +238,8 @@ class Soak:
         try:
             while not (self._over.is_set() or self.failures):
                 client.act()
-            client.renew()
+            if client.ends:
+                client.renew()
         except Exception as exc:
             self.failures.append(f"{client.sid}: {exc!r}")
             self._over.set()

@@ -80,6 +80,8 @@ class SessionRow:
     deleting: bool = False
     turn_id: str | None = None
     """The running turn, whoever runs it."""
+    queued: bool = False
+    """Whether turns wait; a page of sessions does not say."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -341,7 +341,7 @@ class MemoryStore:
     def session(self, key: SessionKey) -> SessionRow | None:
         with self._lock:
             record = self._records.get(key)
-            return None if record is None else record.row
+            return None if record is None else _shown(record)
 
     def sessions(
         self,
@@ -371,7 +371,7 @@ class MemoryStore:
 
     def heads(self, keys: cabc.Collection[SessionKey]) -> dict[SessionKey, SessionRow]:
         with self._lock:
-            return {key: self._records[key].row for key in keys if key in self._records}
+            return {key: _shown(self._records[key]) for key in keys if key in self._records}
 
     def stamp(self) -> int | None:
         return None
@@ -648,6 +648,10 @@ def _handed_out(question: Question) -> Question:
     """A row that may be changed without changing ours."""
     data, answer = _copied(question.data), _copied(question.answer)
     return dataclasses.replace(question, data=data, answer=answer)
+
+
+def _shown(record: _Record) -> SessionRow:
+    return dataclasses.replace(record.row, queued=True) if record.queue else record.row
 
 
 def _is_still(orphan: Orphan, record: _Record) -> bool:

@@ -298,8 +298,7 @@ class SqlStore:
 
     def session(self, key: SessionKey) -> SessionRow | None:
         with self._db.read() as db:
-            row = steps.find(db, key)
-        return None if row is None else steps.session_row(row)
+            return steps.shown(db, key)
 
     def sessions(
         self,
@@ -339,9 +338,7 @@ class SqlStore:
         with self._db.read() as db:
             for start in range(0, len(names), _KEYS):
                 some = sessions.c.name.in_(names[start : start + _KEYS])
-                rows += [
-                    steps.session_row(row) for row in db.execute(sa.select(sessions).where(some))
-                ]
+                rows += [steps.session_row(row) for row in db.execute(steps.SHOWN.where(some))]
         return {row.key: row for row in rows}
 
     def stamp(self) -> int | None:
