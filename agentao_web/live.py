@@ -97,6 +97,7 @@ class Audience(t.Protocol):
 
     turn: LiveTurn | None
     cursor: int | None
+    saw_idle: bool
 
     @property
     def over(self) -> bool: ...
@@ -114,6 +115,8 @@ class Live:
         self.agent_version = -1
         self.closed = False
         self.deleting = False
+        self.queued_elsewhere = False
+        """Whether turns wait in the store that are none of ours, as far as is known."""
         self.elsewhere: str | None = None
         """The turn that another worker runs here, as far as is known."""
         self.noticed: str | None = None
@@ -158,9 +161,10 @@ class Live:
         with self._cond:
             if self.owned:
                 return
-            if (self.elsewhere, self._remote_head) == (row.turn_id, row.head):
+            known = (self.elsewhere, self.queued_elsewhere, self._remote_head)
+            if known == (row.turn_id, row.queued, row.head):
                 return  # Nobody is woken for nothing: there may be a thousand of them.
-            self.elsewhere = row.turn_id
+            self.elsewhere, self.queued_elsewhere = row.turn_id, row.queued
             self._remote_head = row.head
             self._cond.notify_all()
 
@@ -182,7 +186,9 @@ class Live:
         """``idle``, ``running`` or ``waiting``."""
         current = self._current
         if current is None:
-            return "idle" if self.elsewhere is None else "running"
+            # Who waits for a turn that is queued is not to be sent away as from an idle session.
+            busy = self.elsewhere is not None or self.queued_elsewhere
+            return "running" if busy else "idle"
         return "waiting" if current.turn.state is State.WAITING else "running"
 
     # -- starting ------------------------------------------------------------------------------
@@ -261,7 +267,7 @@ class Live:
             self._log.claim(claim.generation)
             self._log.add(claim.opening)
             self._stored = self._remote_head = opening
-            self.elsewhere = None
+            self.elsewhere, self.queued_elsewhere = None, False
             live.transcript.add(claim.opening)
             now = self.clock()
             live.turn.step("begin", now)
@@ -534,6 +540,9 @@ class Live:
     def _news(self, reader: Audience) -> bool:
         cursor, head = reader.cursor, self.head
         if self.closed or cursor is None or cursor < head or is_ahead(cursor, head):
+            return True
+        if not reader.saw_idle and self.state() == "idle":
+            # It may have read the last event in the store before we heard of that end.
             return True
         return reader.turn is not None and reader.turn.final is not None
 

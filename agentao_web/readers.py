@@ -64,6 +64,8 @@ class Reader:
         """It was shown the end: its turn's last event, or the session's farewell."""
         self.final: Event | None = None
         """That last event."""
+        self.saw_idle = True
+        """The session was idle when it was last asked for that."""
         self._asked: set[str] = set()
         """Questions of another worker's turn that were shown and not yet closed."""
         self._store = store
@@ -118,6 +120,7 @@ class Reader:
     def caught_up(self) -> bool:
         """Whether the session is idle and this reader has everything."""
         idle, cursor, head = self.live.state() == "idle", self.cursor, self.live.head
+        self.saw_idle = idle
         return idle and cursor is not None and cursor >= head and not is_ahead(cursor, head)
 
     def read(self, *, limit: int, max_bytes: int) -> list[Event]:
@@ -222,7 +225,7 @@ def stream(
             if events:
                 silent_since = now
                 yield wire.frames(events)
-            elif reader.turn_id is None and not follow and reader.caught_up:
+            elif reader.turn_id is None and reader.caught_up and not follow:
                 return
             elif reader.leased and now >= ends:
                 break

@@ -6,6 +6,8 @@ import collections.abc as cabc
 import dataclasses
 import http.client
 import json
+import os
+import signal
 import threading
 import time
 import typing as t
@@ -461,13 +463,30 @@ class _Highest:
 
 def many_turns(bench: Bench) -> list[Row]:
     """64 turns of 5 s at once on one worker, and small requests meanwhile."""
-    streams = 64
-    with bench.server() as server, bench.child("bench.probe") as probe, Loop() as loop:
-        sid = server.known()
-        target = server.target
+    with bench.server() as server:
+        return _many_turns(bench, [server], 64, "one worker")
+
+
+def more_turns(bench: Bench) -> list[Row]:
+    """256 turns of 5 s at once on two workers of one deployment."""
+    flags = ("--threads", "160")
+    own: dict[str, str | int] = {"max_turns": 128, "secret_keys": "the-key-of-both-workers"}
+    own["root"] = str(bench.folder / "root-of-both")
+    with bench.server(*flags, **own) as one, bench.server(*flags, **own) as two:
+        return _many_turns(bench, [one, two], 256, "two workers")
+
+
+def _many_turns(bench: Bench, servers: list[Server], streams: int, who: str) -> list[Row]:
+    with bench.child("bench.probe") as probe, Loop() as loop:
+        target = servers[0].target
+        sid = servers[0].known()
         probe.ask("start", port=target.port, token=target.token, sid=sid)
-        turns = [loop.add(target.turn(f"many{n}", "tokens 100 20")) for n in range(streams)]
-        loop.run(lambda: all(turn.closed for turn in turns), 11)
+        turns = [
+            loop.add(servers[n % len(servers)].target.turn(f"many{n}", "tokens 100 20"))
+            for n in range(streams)
+        ]
+        # As many as the load generator itself can read on the cores it shares.
+        loop.run(lambda: all(turn.closed for turn in turns), 11 if streams <= 64 else 60)
         asked = probe.ask("stop")
     finished = [turn for turn in turns if turn.last and turn.last["type"] == "done"]
     refused = [turn for turn in turns if turn.status == 429]
@@ -476,7 +495,7 @@ def many_turns(bench: Bench) -> list[Row]:
     longest = max((turn.ended - turn.started for turn in finished if turn.ended), default=0.0)
     return [
         Row(
-            "64 new sessions, turns of 5 s at once, one worker: finished / told 429 / silent",
+            f"{streams} new sessions, turns of 5 s at once, {who}: finished / told 429 / silent",
             "–",
             f"{len(finished)} / {len(refused)} / {silent}; first token after {max(waits):.2f} s "
             f"at most, whole turn {longest:.2f} s",
@@ -487,6 +506,57 @@ def many_turns(bench: Bench) -> list[Row]:
         ),
         _asked("health; cancel, p99, meanwhile", asked),
     ]
+
+
+def all_taken(bench: Bench) -> list[Row]:
+    """Every place for streams is taken: what else is asked is answered all the same."""
+    flags = ("--threads", "32")
+    with bench.server(*flags) as server, bench.child("bench.probe") as probe, Loop() as loop:
+        sid = server.known()
+        target = server.target
+        streams = [loop.add(target.follow(sid)) for _ in range(40)]
+        loop.run(lambda: all(s.last or s.status >= 400 for s in streams), 20)
+        taken = sum(1 for s in streams if s.status == 200)
+        told = sum(1 for s in streams if s.status == 503)
+        probe.ask("start", port=target.port, token=target.token, sid=sid)
+        loop.run(lambda: False, bench.of(8, 2))
+        asked = probe.ask("stop")
+    row = _asked(
+        f"all {taken} stream places of 32 threads taken, {told} told 503: health; cancel, p99",
+        asked,
+    )
+    return [row]
+
+
+def sigterm(bench: Bench) -> list[Row]:
+    """SIGTERM with 64 live streams, one of them on a model that hangs."""
+    with bench.server() as server, Loop() as loop:
+        turns = [loop.add(_live_turn(server, n)) for n in range(64)]
+        loop.run(lambda: all(turn.speaks() for turn in turns), 20)
+        begun = time.monotonic()
+        os.kill(server.pid, signal.SIGTERM)
+        loop.run(lambda: all(turn.closed for turn in turns), 40)
+        told = sum(1 for turn in turns if turn.last and turn.last["type"] in ("done", "error"))
+        while Path(f"/proc/{server.pid}").exists() and time.monotonic() < begun + 40:
+            time.sleep(0.02)
+        gone = time.monotonic() - begun
+    return [
+        Row(
+            "SIGTERM with 64 live streams, one on a hung model: told the end; worker gone after",
+            "–",
+            f"{told} of 64; {gone:.1f} s",
+            None,
+            "all; < 30 s (graceful_timeout)",
+            told == 64 and gone < 30,
+            {"gone": gone},
+        )
+    ]
+
+
+def _live_turn(server: Server, number: int) -> Stream:
+    """The first turn hangs, the others speak for a minute."""
+    message = "hang_after some words" if number == 0 else "tokens 1200 20"
+    return server.target.turn(f"live{number}", message)
 
 
 def _asked(what: str, asked: dict[str, float]) -> Row:
@@ -557,6 +627,9 @@ MEASURES: t.Final[dict[str, Measure]] = {
     "cancel": cancel,
     "session_memory": session_memory,
     "many_turns": many_turns,
+    "more_turns": more_turns,
+    "all_taken": all_taken,
+    "sigterm": sigterm,
     "stalled_reader": stalled_reader,
     "idle_streams": idle_streams,
 }

@@ -125,7 +125,7 @@ class Soaker(Talker):
         """What was told is what is kept; then another session."""
         self.check()
         self._check_messages()
-        self.http.delete(f"/session/{self.sid}")
+        self._asked("DELETE", f"/session/{self.sid}")
         self.session += 1
         fresh = Talker(self.http, self._sid(), self.way)
         self.sid, self.cursor, self.events, self.ends = fresh.sid, 0, fresh.events, fresh.ends
@@ -133,9 +133,12 @@ class Soaker(Talker):
     def _check_messages(self) -> None:
         """Every message once, none twice."""
         url = f"/session/{self.sid}/messages?limit=200"
-        found = self.http.get(url, headers={"Accept": "application/json"}).json()["messages"]
+        response = self._asked("GET", url)
+        found = response.json()["messages"]
         mine = [entry["turn_id"] for entry in found if entry["role"] == "user"]
-        if sorted(mine) != sorted(self.ends):
+        # One whose worker was killed while it was queued never was said.
+        begun = {e["turn_id"] for e in self.events if e["type"] == "turn_begin"}
+        if len(mine) != len(set(mine)) or not begun <= set(mine) <= set(self.ends):
             raise Lost(f"{self.sid}: {len(mine)} messages kept of {len(self.ends)}")
 
     def _told(self, end: dict[str, t.Any], reason_too: str | None = None) -> str | None:
@@ -183,13 +186,18 @@ class Soaker(Talker):
                 self._overtaken_by = response.json()["turn_id"]
 
     def _send(self, what: str, body: dict[str, t.Any], key: str | None = None) -> httpx.Response:
-        """A small request beside the one that reads; sent again while its worker is away."""
+        """A small request beside the one that reads."""
+        keys = {"Idempotency-Key": key} if key else {}
+        return self._asked("POST", f"/chat/{self.sid}{what}", json=body, headers=keys)
+
+    def _asked(self, method: str, url: str, **more: t.Any) -> httpx.Response:
+        """Ask again while the session's worker is away."""
         until = time.monotonic() + self.patience
-        headers = {"Accept": "application/json", **({"Idempotency-Key": key} if key else {})}
+        more["headers"] = {"Accept": "application/json", **more.get("headers", {})}
         while True:
-            self._check(until, f"{what} is not answered")
+            self._check(until, f"{method} {url} is not answered")
             try:
-                response = self.http.post(f"/chat/{self.sid}{what}", json=body, headers=headers)
+                response = self.http.request(method, url, **more)
             except httpx.TransportError as exc:
                 self._break(exc)
                 continue
@@ -230,7 +238,8 @@ class Soak:
         try:
             while not (self._over.is_set() or self.failures):
                 client.act()
-            client.renew()
+            if client.ends:
+                client.renew()
         except Exception as exc:
             self.failures.append(f"{client.sid}: {exc!r}")
             self._over.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc as cabc
+import dataclasses
 import socket
 import ssl
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from agentao_web.core.errors import StoreUnavailable
+from agentao_web.live import Live
 from agentao_web.readers import Reader
 from agentao_web.readers import Watcher
 from agentao_web.readers import poll
@@ -292,3 +294,27 @@ def test_a_reader_of_a_turn_that_could_not_be_stored_gets_all_then_the_end(
         ("llm_text", False),
         ("error", True),
     ]
+
+
+def test_a_reader_that_knew_the_end_first_is_not_kept(
+    probe: cabc.Callable[..., Probe],
+) -> None:
+    """It reads the store itself, and may see another worker's last event before its own does."""
+    p = probe()
+    started = p.start()
+    p.finish(started)
+    row = p.store.session(p.key())
+    live = Live(p.key(), head=row.head, log_bytes=2**20, clock=p.pool.clock)
+    live.tail(dataclasses.replace(row, turn_id="elsewhere"))
+    reader = Reader(live, p.store, row.head)
+    sent = stream(reader, t.cast(t.Any, native), heartbeat=300, lease=300, follow=False)
+    assert next(sent) == native.KEEP_ALIVE, "it runs elsewhere, as far as is known"
+    rest: list[bytes] = []
+    thread = threading.Thread(target=lambda: rest.extend(sent))
+    thread.start()
+    live.tail(dataclasses.replace(row, turn_id=None))
+    thread.join(PATIENCE)
+    late = thread.is_alive()
+    live.close(force=True)
+    thread.join(PATIENCE)
+    assert not late and rest == []

@@ -80,6 +80,8 @@ class SessionRow:
     deleting: bool = False
     turn_id: str | None = None
     """The running turn, whoever runs it."""
+    queued: bool = False
+    """Whether turns wait; a page of sessions does not say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +206,11 @@ class Store(t.Protocol):
 
     def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
         """Write a batch to the log; ClaimLost if the claim is no longer ours."""
+
+    def append_many(
+        self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]
+    ) -> list[Claim]:
+        """Write the batches of several sessions together; the claims that are no longer ours."""
 
     def finish(self, claim: Claim, finish: Finish) -> None:
         """The terminal transaction, which also releases the claim; ClaimLost as above.
@@ -353,8 +360,9 @@ class Store(t.Protocol):
     def take_over(self, orphan: Orphan, worker: str) -> Claim | None:
         """Take the session from a dead worker to end *orphan*, in a new generation.
 
-        The claim has an opening that was not written: the caller finishes at once. A queued orphan
-        is removed and None returned, as for one that somebody else has taken over already.
+        The claim has an opening that was not written: the caller finishes at once. None for one
+        that somebody else has taken over already, and for a queued one while another turn holds
+        the session: it is found again later.
         """
 
     def close(self) -> None:

@@ -28,6 +28,12 @@ _LOG = logging.getLogger(__name__)
 
 #: How long a writer waits for the others, in seconds.
 _BUSY: t.Final = 5.0
+#: How long one waits for others of the same worker, in seconds: a burst takes a while.
+_QUEUE: t.Final = 15.0
+#: SQLite sleeps up to 100 ms between two looks whether another process still writes. We look more
+#: often, and whoever has others of its own process behind it leaves the others a moment, in
+#: seconds: without both a busy worker keeps the next one from writing for ever.
+_GLANCE, _MOMENT = 0.0005, 0.001
 #: Who makes the schema on PostgreSQL holds this lock: "agentao" as a number.
 _SCHEMA_LOCK: t.Final = 0x6167656E74616F
 
@@ -48,7 +54,7 @@ _POSTGRES_TIMEOUTS: t.Final = (
 _POOL: t.Final[dict[str, t.Any]] = {
     "pool_size": 8,
     "max_overflow": 8,
-    "pool_timeout": _BUSY,
+    "pool_timeout": _QUEUE,
     # The one used last has pages and statements at hand.
     "pool_use_lifo": True,
 }
@@ -150,7 +156,7 @@ class Database:
                 yield connection
         except _OURS:
             raise
-        except (exc.DBAPIError, exc.TimeoutError, OSError) as error:
+        except (exc.DBAPIError, exc.TimeoutError, sqlite3.Error, OSError) as error:
             cause = getattr(error, "orig", None) or error
             _LOG.error("the store is unavailable: %s", type(cause).__name__)
             self._failed()
@@ -214,14 +220,17 @@ class Database:
 
 
 class _Turnstile(contextlib.AbstractContextManager[None]):
-    """A lock one waits for only so long."""
+    """A lock one waits for only so long, and that is not held all the time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(timeout=_BUSY):
+        if self._lock.acquire(blocking=False):
+            return
+        if not self._lock.acquire(timeout=_QUEUE):
             raise exc.TimeoutError("too many writers")
+        time.sleep(_MOMENT)
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
@@ -287,7 +296,10 @@ def _sqlite(url: sa.URL) -> sa.Engine:
         if pragma is not None and connection.info.get("agentao") != pragma:
             connection.exec_driver_sql(pragma)
             connection.info["agentao"] = pragma
-        connection.exec_driver_sql(statement)
+        if statement == "BEGIN IMMEDIATE":
+            _begin(t.cast(sqlite3.Connection, connection.connection.driver_connection))
+        else:
+            connection.exec_driver_sql(statement)
 
     @sa.event.listens_for(engine, "handle_error")
     def failed(context: sa.ExceptionContext) -> None:
@@ -341,6 +353,24 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
             if time.monotonic() > until:
                 raise
             time.sleep(0.01)
+
+
+def _begin(driver: sqlite3.Connection) -> None:
+    """Begin to write, as soon as no other process does; sqlite3's own error after ``_BUSY``."""
+    until = time.monotonic() + _BUSY
+    driver.execute("PRAGMA busy_timeout=0")
+    try:
+        while True:
+            try:
+                driver.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                busy = error.sqlite_errorname.startswith("SQLITE_BUSY")
+                if not busy or time.monotonic() > until:
+                    raise
+            time.sleep(_GLANCE)
+    finally:
+        driver.execute(f"PRAGMA busy_timeout={_BUSY * 1000:.0f}")
 
 
 def _damage(connection: sa.Connection) -> list[str]:

@@ -249,6 +249,17 @@ class MemoryStore:
         with self._lock:
             self._write(self._held(claim), events)
 
+    def append_many(
+        self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]
+    ) -> list[Claim]:
+        lost: list[Claim] = []
+        for claim, events in batches:
+            try:
+                self.append(claim, events)
+            except ClaimLost:
+                lost.append(claim)
+        return lost
+
     def finish(self, claim: Claim, finish: Finish) -> None:
         messages = [json.dumps(message) for message in finish.appended]
         with self._lock:
@@ -330,7 +341,7 @@ class MemoryStore:
     def session(self, key: SessionKey) -> SessionRow | None:
         with self._lock:
             record = self._records.get(key)
-            return None if record is None else record.row
+            return None if record is None else _shown(record)
 
     def sessions(
         self,
@@ -360,7 +371,7 @@ class MemoryStore:
 
     def heads(self, keys: cabc.Collection[SessionKey]) -> dict[SessionKey, SessionRow]:
         with self._lock:
-            return {key: self._records[key].row for key in keys if key in self._records}
+            return {key: _shown(self._records[key]) for key in keys if key in self._records}
 
     def stamp(self) -> int | None:
         return None
@@ -506,10 +517,9 @@ class MemoryStore:
             record = self._records.get(orphan.key)
             if record is None:
                 return None
-            if not orphan.running:
-                self._end_queued(record, orphan)
+            if not orphan.running and not self._take_queued(record, orphan):
                 return None
-            if not _is_still(orphan, record):
+            if orphan.running and not _is_still(orphan, record):
                 return None
             assert record.running is not None
             self._unsignal(orphan)
@@ -596,11 +606,14 @@ class MemoryStore:
         record.generation = self._generation
         return self._generation
 
-    def _end_queued(self, record: _Record, orphan: Orphan) -> None:
-        if any(turn.id == orphan.turn_id for turn in record.queue):
-            record.queue = [turn for turn in record.queue if turn.id != orphan.turn_id]
-            record.ended[orphan.turn_id] = None
-            self._unsignal(orphan)
+    def _take_queued(self, record: _Record, orphan: Orphan) -> bool:
+        mine = [turn for turn in record.queue if turn.id == orphan.turn_id]
+        if record.generation is not None or not mine:
+            return False
+        record.queue = [turn for turn in record.queue if turn.id != orphan.turn_id]
+        record.running, record.cursor = mine[0], record.row.head
+        record.row = dataclasses.replace(record.row, turn_id=orphan.turn_id)
+        return True
 
     def _unsignal(self, orphan: Orphan) -> None:
         mine = (orphan.key, orphan.turn_id)
@@ -635,6 +648,10 @@ def _handed_out(question: Question) -> Question:
     """A row that may be changed without changing ours."""
     data, answer = _copied(question.data), _copied(question.answer)
     return dataclasses.replace(question, data=data, answer=answer)
+
+
+def _shown(record: _Record) -> SessionRow:
+    return dataclasses.replace(record.row, queued=True) if record.queue else record.row
 
 
 def _is_still(orphan: Orphan, record: _Record) -> bool:

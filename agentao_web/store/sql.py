@@ -204,11 +204,27 @@ class SqlStore:
 
     def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
         with self._db.batch() as db:
-            session = steps.held(db, claim.key, claim.generation)
-            place = steps.write(db, session, events)
-            if place["log_bytes"] > self._log_bytes * 5 // 4:
-                place |= steps.prune(db, session, place["log_bytes"], self._log_bytes)
-            steps.change(db, session, place)
+            self._append(db, claim, events)
+
+    def append_many(
+        self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]
+    ) -> list[Claim]:
+        lost: list[Claim] = []
+        with self._db.batch() as db:
+            for claim, events in batches:
+                try:
+                    self._append(db, claim, events)
+                except ClaimLost:
+                    # Found out before anything of it was written.
+                    lost.append(claim)
+        return lost
+
+    def _append(self, db: sa.Connection, claim: Claim, events: cabc.Sequence[Event]) -> None:
+        session = steps.held(db, claim.key, claim.generation)
+        place = steps.write(db, session, events)
+        if place["log_bytes"] > self._log_bytes * 5 // 4:
+            place |= steps.prune(db, session, place["log_bytes"], self._log_bytes)
+        steps.change(db, session, place)
 
     def finish(self, claim: Claim, finish: Finish) -> None:
         with self._db.write() as db:
@@ -282,8 +298,7 @@ class SqlStore:
 
     def session(self, key: SessionKey) -> SessionRow | None:
         with self._db.read() as db:
-            row = steps.find(db, key)
-        return None if row is None else steps.session_row(row)
+            return steps.shown(db, key)
 
     def sessions(
         self,
@@ -323,9 +338,7 @@ class SqlStore:
         with self._db.read() as db:
             for start in range(0, len(names), _KEYS):
                 some = sessions.c.name.in_(names[start : start + _KEYS])
-                rows += [
-                    steps.session_row(row) for row in db.execute(sa.select(sessions).where(some))
-                ]
+                rows += [steps.session_row(row) for row in db.execute(steps.SHOWN.where(some))]
         return {row.key: row for row in rows}
 
     def stamp(self) -> int | None:
@@ -505,8 +518,7 @@ class SqlStore:
             if session is None:
                 return None
             if not orphan.running:
-                _end(db, session, orphan.turn_id, None)
-                return None
+                return self._take_queued(db, session, orphan, worker)
             expected = orphan.generation if isinstance(orphan, FoundOrphan) else session.generation
             if session.turn_id != orphan.turn_id or session.generation != expected:
                 return None
@@ -518,6 +530,20 @@ class SqlStore:
             return taken_over(orphan, generation, session.version, session.head)
 
     # -- inside --------------------------------------------------------------------------------
+
+    def _take_queued(
+        self, db: sa.Connection, session: _Row, orphan: Orphan, worker: str
+    ) -> Claim | None:
+        if session.generation is not None:
+            return None
+        this = steps.this_turn(session, orphan.turn_id, "queued")
+        began = {"state": "running", "worker": worker, "position": 0, "cursor": session.head}
+        if not db.execute(sa.update(turns).where(this).values(**began)).rowcount:
+            return None
+        _unask(db, session, orphan.turn_id)
+        generation = steps.next_generation(db, self._clock())
+        steps.change(db, session, {"generation": generation, "turn_id": orphan.turn_id})
+        return taken_over(orphan, generation, session.version, session.head)
 
     def _retried(
         self,

@@ -61,6 +61,14 @@ _COUNT = (
 _COUNTED = sa.select(meta.c.value).where(_COUNTER)
 _COUNT_AT_ONCE = _COUNT.returning(meta.c.value)
 
+#: Whether turns of a session, of a statement about sessions, wait.
+_WAITS = sa.exists().where(
+    turns.c.session == sessions.c.id, turns.c.position.is_not(None), turns.c.state == "queued"
+)
+#: Sessions as the protocol has them.
+SHOWN = sa.select(sessions, _WAITS.label("queued"))
+_SHOWN_BY_NAME = SHOWN.where(sessions.c.name == sa.bindparam("name"))
+
 #: Whether a session, of a statement about sessions, has a turn that is not over.
 BUSY = sa.exists().where(turns.c.session == sessions.c.id, turns.c.position.is_not(None))
 
@@ -91,6 +99,12 @@ _OLDEST = (
 def find(db: sa.Connection, key: SessionKey) -> Row | None:
     """The session's row."""
     return db.execute(_BY_NAME, {"name": name_of(key)}).one_or_none()
+
+
+def shown(db: sa.Connection, key: SessionKey) -> SessionRow | None:
+    """The session as the protocol has it."""
+    row = db.execute(_SHOWN_BY_NAME, {"name": name_of(key)}).one_or_none()
+    return None if row is None else session_row(row)
 
 
 def known(db: sa.Connection, key: SessionKey) -> Row:
@@ -163,6 +177,7 @@ def session_row(row: Row) -> SessionRow:
         usage=row.usage,
         deleting=row.deleting,
         turn_id=row.turn_id,
+        queued=bool(getattr(row, "queued", False)),
     )
 
 

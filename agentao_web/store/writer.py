@@ -21,6 +21,10 @@ from agentao_web.store import Claim
 from agentao_web.store import Finish
 from agentao_web.store import Store
 
+#: Sessions whose batches are written in one transaction: many small ones would keep the messages
+#: of others waiting, one for all would too.
+_TOGETHER: t.Final = 64
+
 
 class Source(t.Protocol):
     """Something with events the store has not seen."""
@@ -142,7 +146,8 @@ class Writer:
                 closed = self._closed
                 # What could not be written the last time is still the oldest.
                 self._writing, self._noted = self._writing or self._noted, None
-            kept = [self._flush(source) for source in dirty]
+            parts = [dirty[n : n + _TOGETHER] for n in range(0, len(dirty), _TOGETHER)]
+            kept = [self._flush(part) for part in parts]
             kept += [self._commit(job) for job in jobs]
             if all(kept):
                 self._writing = None
@@ -162,20 +167,23 @@ class Writer:
             self._wake.wait(left)
         self._wake.set()
 
-    def _flush(self, source: Source) -> bool:
-        """Write what it has; False if that has to be done again."""
-        claim, events = source.unwritten()
-        if claim is None or not events:
+    def _flush(self, sources: list[Source]) -> bool:
+        """Write what they have, together; False if that has to be done again."""
+        found = [(source, *source.unwritten()) for source in sources]
+        batches = [(source, claim, events) for source, claim, events in found if claim and events]
+        if not batches:
             return True
         try:
-            self._store.append(claim, events)
-        except ClaimLost:
-            source.lost()
+            lost = self._store.append_many([(claim, events) for _, claim, events in batches])
         except Exception as exc:
-            # Kept in the source's log: the next batch, or the terminal transaction, has them.
+            # Kept in the sources' logs: the next batch, or the terminal transaction, has them.
             self._log.warning("events not stored yet: %s", type(exc).__name__)
             return False
-        else:
+        gone = {claim.generation for claim in lost}
+        for source, claim, events in batches:
+            if claim.generation in gone:
+                source.lost()
+                continue
             last = events[-1].seq
             assert last is not None
             source.written(last)

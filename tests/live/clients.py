@@ -168,10 +168,19 @@ class Talker:
         until = time.monotonic() + self.patience
         while True:
             self._check(until, "its log cannot be read")
-            page = self.http.get(
-                f"/chat/{self.sid}/events?after={cursor}&wait=0",
-                headers={"Accept": "application/json"},
-            ).json()
+            try:
+                response = self.http.get(
+                    f"/chat/{self.sid}/events?after={cursor}&wait=0",
+                    headers={"Accept": "application/json"},
+                )
+            except httpx.TransportError as exc:
+                self._break(exc)
+                continue
+            if response.status_code != 200:
+                self._refuse(response)
+                continue
+            self._up()
+            page = response.json()
             events += page["events"]
             cursor = page["cursor"]
             if not page["events"]:

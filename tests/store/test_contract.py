@@ -161,6 +161,22 @@ def log(store: Store, after: int | None = None) -> list[Event]:
 # -- claims ------------------------------------------------------------------------------------
 
 
+def test_batches_of_several_sessions_are_written_together(store: Store) -> None:
+    """The one whose claim is lost is named, and keeps nobody from writing."""
+    keys = [SessionKey("acme", "ann", name) for name in ("a", "b", "c")]
+    held = [store.claim(key, row(f"t{key.id}"), OPENING, 1.0) for key in keys]
+    gone = dataclasses.replace(held[1], generation=held[1].generation - 1)
+    claims = [held[0], gone, held[2]]
+    texts = [
+        [Event(t.cast(int, c.opening.seq) + 1, c.turn_id, "llm_text", {"chunk": c.key.id}, 1.0)]
+        for c in claims
+    ]
+    lost = store.append_many(list(zip(claims, texts, strict=True)))
+    assert [claim.key.id for claim in lost] == ["b"]
+    said = [store.events(key, None, limit=9, max_bytes=999).events[1:] for key in keys]
+    assert [[e.data["chunk"] for e in part] for part in said] == [["a"], [], ["c"]]
+
+
 def test_a_turn_may_be_queued_in_a_new_session(store: Store) -> None:
     """It waits for a place on its worker; and then it may claim."""
     assert store.enqueue(KEY, row("t1"), limit=4, new=True) == 1
@@ -1064,18 +1080,24 @@ def test_who_took_over_may_die_too(store: Store) -> None:
     store.finish(second, ending(second, 2))
 
 
-def test_a_queued_orphan_is_removed_and_never_begins(store: Store) -> None:
+def test_a_queued_orphan_waits_for_its_session_and_never_begins(store: Store) -> None:
+    """Its end is an event like every other, and only who holds the session writes one."""
     held = claim(store, "t1")
     store.beat("worker-1")
     enqueue(store, "t2", worker="worker-2")
     store.signal(KEY, "cancelled_by_user", but="worker-1")
     (orphan,) = store.orphans(PATIENCE)
     assert store.take_over(orphan, "worker-1") is None
-    assert [a.id for a in store.active(KEY)] == ["t1"]
-    assert store.ended(KEY, "t2") is None
-    assert store.signals("worker-2") == []
+    assert [a.id for a in store.active(KEY)] == ["t1", "t2"]
     store.finish(held, ending(held, 2))
-    with pytest.raises(ClaimLost):
+    assert [found.turn_id for found in store.orphans(PATIENCE)] == ["t2"]
+    taken = store.take_over(orphan, "worker-1")
+    assert taken is not None and taken.generation > held.generation
+    assert store.take_over(orphan, "worker-3") is None, "once"
+    assert store.signals("worker-2") == []
+    store.finish(taken, ending(taken, 1))
+    assert store.ended(KEY, "t2") is not None
+    with pytest.raises((ClaimLost, SessionBusy)):
         claim(store, "t2", worker="worker-2")
     run(store, "t3")
 

@@ -52,8 +52,16 @@ class Store:
         self.error: Exception | None = None
         self.called = threading.Semaphore(0)
 
-    def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
-        self._take(events)
+    def append_many(
+        self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]
+    ) -> list[Claim]:
+        lost = []
+        for claim, events in batches:
+            try:
+                self._take(events)
+            except ClaimLost:
+                lost.append(claim)
+        return lost
 
     def finish(self, claim: Claim, finish: Finish) -> None:
         self._take(finish.events)
