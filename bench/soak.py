@@ -265,6 +265,8 @@ class Soak:
 
     def _calm(self, seconds: float) -> dict[int, tuple[Sizes, Sizes]]:
         self._over.wait(seconds * _WARM)
+        if self._over.is_set():
+            return {}
         before = {pid: sizes(pid) for pid in self.server.workers()}
         self._over.wait(seconds * (1 - _WARM))
         return {pid: (size, sizes(pid)) for pid, size in before.items()}
