@@ -669,6 +669,13 @@ class SessionPool:
         if not first:
             self._gone.wait(grace + 2 * COMMIT_TIMEOUT)
             return
+        try:
+            self._empty(grace)
+        finally:
+            self.close()
+
+    def _empty(self, grace: float) -> None:
+        """End every turn, and let readers have the last of it."""
         self.wake_readers()
         self._wait_quiet(lambda: self._until - min(grace / 2, self._caps.stop_grace), leave=True)
         for turn, live in self._books.running():
@@ -678,7 +685,6 @@ class SessionPool:
             if turn.claim is not None:
                 self._runner.give_up(live, turn)
         self._wait_readers(min(self._until, time.monotonic()) + _FAREWELL)
-        self.close()
 
     def _wait_quiet(self, until: cabc.Callable[[], float], *, leave: bool = False) -> None:
         """Until no turn is left or the time is up, which a hastier drain may have moved.

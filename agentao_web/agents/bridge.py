@@ -208,7 +208,7 @@ class Bridge:
     def on_max_iterations(self, count: int, messages: list[t.Any]) -> dict[str, t.Any]:
         """Ask whether to go on: ``continue``, ``stop``, or what to do instead."""
         answer = self.ask_user(
-            f"{count} steps were not enough. Go on? You may also say what to do instead.",
+            f"Not done after {count} calls to the model. Go on? Or say what to do instead.",
             header="More steps?",
             options=list(_MORE_STEPS),
         )

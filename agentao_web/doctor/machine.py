@@ -155,7 +155,9 @@ def _open_doors(case: Case) -> Findings:
     if s.demo:
         yield hint(
             "settings",
-            "AGENTAO_DEMO is on: whoever says `dev` is let in, and no model is asked",
+            "AGENTAO_DEMO is on: "
+            + ("" if case.own_login else "whoever says `dev` is let in, and ")
+            + "no model is asked",
             "unset AGENTAO_DEMO to serve people",
         )
     elif not s.secret_keys and not case.own_login:

@@ -240,8 +240,9 @@ def _let_in(visit: Visit) -> Findings:
         return
     if response.status_code == 401 and _ours(response):
         cure = (
-            "make one with the server's AGENTAO_SECRET_KEYS (agentao-web token); does the proxy "
-            "take Authorization away? nginx: no `proxy_set_header Authorization`"
+            "make one with the server's AGENTAO_SECRET_KEYS (agentao-web token), or with a login "
+            "of the host's own --header 'Cookie: …' --header 'Origin: …'; does the proxy take "
+            "Authorization away? nginx: no `proxy_set_header Authorization`"
         )
     else:
         cure = "nginx: no `auth_basic`, `allow` or `deny` where our paths are"
