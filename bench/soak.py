@@ -14,6 +14,7 @@ import collections
 import collections.abc as cabc
 import json
 import random
+import re
 import secrets
 import signal
 import sys
@@ -301,14 +302,14 @@ def soak(folder: Path, *, seconds: float, clients: int) -> Report:
         run = Soak(server, [Soaker(http, n) for n in range(clients)])
         grown = run.run(seconds)
         model.release()
-        return Report(run, grown, server.log.read_text().count("Traceback"))
+        return Report(run, grown, server.log.read_text())
 
 
 class Report:
     """What a run showed."""
 
-    def __init__(self, run: Soak, grown: dict[int, tuple[Sizes, Sizes]], tracebacks: int) -> None:
-        clients = run.clients
+    def __init__(self, run: Soak, grown: dict[int, tuple[Sizes, Sizes]], log: str) -> None:
+        clients, tracebacks = run.clients, log.count("Traceback")
         self.outcomes = sum((one.outcomes for one in clients), collections.Counter[str]())
         self.refused = sum((one.refused for one in clients), collections.Counter[int]())
         self.grown = grown
@@ -332,6 +333,9 @@ class Report:
                     (f"worker {number}, second part: {name}", f"{size} -> {after[name]}")
                 )
         self.wrong = [*run.failures]
+        # What the server says of the turns that were lost.
+        turns = {word for line in run.failures for word in re.findall(r"[0-9a-f]{32}", line)}
+        self.wrong += [line for line in log.splitlines() if any(turn in line for turn in turns)]
         if tracebacks:
             self.wrong.append(f"{tracebacks} tracebacks")
         for before, after in grown.values():

@@ -551,6 +551,10 @@ DOORS = (
 )
 
 
+#: Headers that are another for every answer.
+_OWN = ("Date", "X-Request-Id")
+
+
 def test_anothers_session_is_one_that_does_not_exist(
     village: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -577,7 +581,7 @@ def test_anothers_session_is_one_that_does_not_exist(
                 for sid in ("theirs", "nobody"):
                     asked.clear()
                     answer = here.send(stranger, method, path.format(sid), worker, json=body)
-                    headers = {k: v for k, v in answer.headers.items() if k != "Date"}
+                    headers = {k: v for k, v in answer.headers.items() if k not in _OWN}
                     answers.append((answer.status_code, headers, answer.data, list(asked)))
                 assert answers[0] == answers[1], (method, path)
                 assert answers[0][3], "the store was asked"
@@ -683,7 +687,7 @@ def test_a_forged_token_opens_nothing(village: Make) -> None:
     for name, token in forged().items():
         headers = {"Authorization": f"Bearer {token}"}
         for route, sid in itertools.product(ROUTES, ("s", "nobody")):
-            if not route.public:
+            if not route.public and route.scheme != "metrics":
                 path = route.path.replace("<sid>", sid)
                 given: dict[str, t.Any] = {"headers": headers, "json": {"message": "x"}}
                 answer = client.open(path, method=route.method, **given)
