@@ -323,7 +323,11 @@ class Runner:
         """
         while self.unclosed:
             live, orphan, code = self.unclosed[0]
-            if self._close(orphan, code) and code == LOST:
+            ended = self._close(orphan, code)
+            if not ended and not orphan.running:
+                # Taken over the last time, so it is the running one by now.
+                ended = self._close(dataclasses.replace(orphan, running=True), code)
+            if ended and code == LOST:
                 self.observer.reaped(orphan.key, orphan.turn_id)
             self.unclosed.pop(0)
             if live is not None and not live.owned:

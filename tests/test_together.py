@@ -21,6 +21,7 @@ from agentao_web.readers import ending
 from agentao_web.runner import Stage
 from agentao_web.sessions import Started
 from agentao_web.store import Store
+from agentao_web.store import TurnRow
 from agentao_web.store.memory import MemoryStore
 from agentao_web.store.sql import SqlStore
 from tests.pool_fakes import PATIENCE
@@ -244,6 +245,31 @@ def test_a_queued_turn_whose_worker_dies_ends_for_its_readers(crew: Crew) -> Non
     assert one.run("three").data["status"] == "completed"
     users = [m["content"] for m in one.store.history(one.key()).messages if m["role"] == "user"]
     assert users == ["one", "three"]
+
+
+def test_a_queued_turn_that_was_taken_over_and_not_ended_is_ended_later(crew: Crew) -> None:
+    """The store stumbled between the two."""
+    (one,) = crew(say_ok, worker_lease=4.5)
+    look = janitor_away(one)
+    one.run("first")
+    gone = TurnRow("t-of-a-dead-worker", "two", 0, 1.0, "a-dead-worker")
+    one.store.enqueue(one.key(), gone, limit=4)
+    (orphan,) = one.store.orphans(4.5)
+    good, runner = one.store.finish, one.pool._runner
+
+    def refuse(*args: t.Any) -> t.NoReturn:
+        raise StoreUnavailable
+
+    one.store.finish = refuse  # type: ignore[method-assign]
+    with pytest.raises(StoreUnavailable):
+        runner.reap(orphan)
+    runner.reap_later(orphan)
+    one.store.finish = good  # type: ignore[method-assign]
+    one.pool._peers._looked = 0.0
+    look(one.pool.clock())
+    assert one.store.active(one.key()) == []
+    last = one.log()[-1]
+    assert (last.turn_id, last.extra["error"]["code"]) == (gone.id, "worker_lost")
 
 
 def test_interrupt_works_across_workers(crew: Crew) -> None:
