@@ -95,10 +95,10 @@ class Questions:
             over = _over(turn)
             try:
                 if over is not None:
-                    return self._settle(live.key, question, "cancelled", over)
+                    return self._store.settle(live.key, question.id, "cancelled", by=over)
                 left = question.expires - self._clock()
                 if left <= 0:
-                    return self._settle(live.key, question, "expired", "timeout")
+                    return self._store.settle(live.key, question.id, "expired", by="timeout")
                 row = self._store.question(live.key, question.id)
                 if row is None:
                     return cancelled(question, _over(turn) or "turn_ended")
@@ -118,9 +118,6 @@ class Questions:
     def abandon(self, key: SessionKey, question_id: str) -> Question:
         """Nobody waits for it any more, its worker is lost; how it is closed."""
         return self._store.settle(key, question_id, "cancelled", by=LOST)
-
-    def _settle(self, key: SessionKey, question: Question, outcome: str, by: str) -> Question:
-        return self._store.settle(key, question.id, outcome, by=by)
 
     def answer(self, key: SessionKey, question_id: str, reply: Reply, *, by: str) -> Question:
         """Close a question of the session; how it is closed, also if that was so before.

@@ -273,7 +273,8 @@ class Bridge:
     def _rest(self, *, but: str = "") -> cabc.Iterator[Draft]:
         """What was held back of a text that has ended: something else has begun."""
         for kind, said in self._said.items():
-            if kind != but:
+            # Once per token, and nearly always nothing.
+            if kind != but and said.held:
                 yield from self._pieces(kind, _IN_PIECES[kind], said.rest())
 
     def _call_completed(self, data: Data) -> cabc.Iterator[Draft]:

@@ -15,18 +15,19 @@ class Pieces:
 
     def __init__(self, workspace: str) -> None:
         self._workspace = workspace
-        self._held = ""
+        self.held = ""
+        """What may be the beginning of a path, and is not shown yet."""
 
     def add(self, piece: str) -> str:
         """What can be shown now: the beginning of a path waits for the rest of it."""
-        text = self._held + piece
+        text = self.held + piece
         cut = self._certain(text)
-        self._held = text[cut:]
+        self.held = text[cut:]
         return relative(text[:cut], self._workspace)
 
     def rest(self) -> str:
         """What was held back, as there is no more."""
-        text, self._held = self._held, ""
+        text, self.held = self.held, ""
         return relative(text, self._workspace)
 
     def _certain(self, text: str) -> int:
