@@ -12,7 +12,7 @@ run: $(VENV)/.run
 	@$(BIN)/agentao-web serve $(DEMO) --bind $(BIND)
 
 test: check
-	$(BIN)/python -m pytest -n 3 -m "not long"
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not long"
 
 check: $(VENV)/.test debian
 	$(BIN)/ruff check .
