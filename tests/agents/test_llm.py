@@ -297,6 +297,44 @@ def test_the_request_carries_what_was_configured(
     assert server.requests[0].headers["authorization"] == "Bearer sk-test"
 
 
+@pytest.mark.parametrize("model", ["scripted", "gemini-scripted"])
+def test_a_request_is_the_one_agentao_would_send(
+    make_pool: MakePool, server: ModelServer, model: str
+) -> None:
+    """Messages, tool pairs, pictures and tools go past the SDK's search for names to change."""
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
+    asked = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "what is it?"}, picture]},
+        {"role": "assistant", "content": None, "tool_calls": [asked], "reasoning_content": "hm"},
+        {"role": "tool", "tool_call_id": "c1", "content": "grün"},
+    ]
+    schema = {"type": "object", "properties": {"at": {"type": "string", "default": None}}}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": schema}}]
+    llm = {
+        "api_key": "sk-test",
+        "base_url": server.base_url,
+        "model": model,
+        "extra_body": {"seed": 7},
+    }
+    for client in (
+        make_pool().client(logger=LOGGER, **llm),
+        LLMClient(log_file=None, logger=LOGGER, **llm),
+    ):
+        server.script(say("a cat"))
+        client.chat_stream(messages, tools=tools)
+
+    ours, theirs = (request.body for request in server.requests)
+    assert ours == theirs
+    assert [message["role"] for message in ours["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+    ]
+
+
 # ---------------------------------------------------------------------------------- stops
 
 
