@@ -17,11 +17,6 @@ from pathlib import Path
 from agentao import Agentao
 from agentao.mcp import InMemoryMCPRegistry
 from agentao.memory import MemoryManager
-from agentao.memory import MemoryRetriever
-from agentao.memory.models import MemoryRecord
-from agentao.memory.models import MemoryReviewItem
-from agentao.memory.models import RecallCandidate
-from agentao.memory.models import SessionSummaryRecord
 from agentao.permissions import PermissionEngine
 from agentao.permissions import PermissionMode
 from agentao.security import PathPolicy
@@ -35,6 +30,8 @@ from agentao.tools.base import Tool
 
 from .files import MAX_FILE
 from .files import ConfinedFS
+from .memory import NoMemory
+from .memory import NoRecall
 from .memory import Recall
 from .memory import SaveTool
 from .quota import Quota
@@ -292,76 +289,3 @@ def _leads_out(tool: Tool, given: dict[str, t.Any]) -> bool:
     except (PathPolicyError, OSError, RuntimeError, ValueError):
         return True
     return False
-
-
-# Where memory is off. What agentao saves by itself (summaries of what it compacts) is in the
-# history already, and a database in memory costs 100 KB per session.
-
-
-class NoMemory:
-    """agentao's MemoryStore that keeps nothing."""
-
-    def change_version(self) -> int:
-        return 0
-
-    def upsert_memory(self, record: MemoryRecord) -> MemoryRecord:
-        return record
-
-    def get_memory_by_id(self, memory_id: str) -> None:
-        return None
-
-    def get_memory_by_scope_key(self, scope: str, key_normalized: str) -> None:
-        return None
-
-    def list_memories(self, scope: str | None = None) -> list[MemoryRecord]:
-        return []
-
-    def search_memories(self, query: str, scope: str | None = None) -> list[MemoryRecord]:
-        return []
-
-    def filter_by_tag(self, tag: str, scope: str | None = None) -> list[MemoryRecord]:
-        return []
-
-    def soft_delete_memory(self, memory_id: str) -> bool:
-        return False
-
-    def clear_memories(self, scope: str | None = None) -> int:
-        return 0
-
-    def save_session_summary(self, record: SessionSummaryRecord) -> None:
-        return None
-
-    def list_session_summaries(
-        self, session_id: str | None = None, limit: int = 20
-    ) -> list[SessionSummaryRecord]:
-        return []
-
-    def clear_session_summaries(self, session_id: str | None = None) -> int:
-        return 0
-
-    def upsert_review_item(self, item: MemoryReviewItem) -> MemoryReviewItem:
-        return item
-
-    def get_review_item(self, item_id: str) -> None:
-        return None
-
-    def list_review_items(
-        self, status: str | None = "pending", limit: int = 50
-    ) -> list[MemoryReviewItem]:
-        return []
-
-    def update_review_status(self, item_id: str, status: str) -> bool:
-        return False
-
-
-class NoRecall(MemoryRetriever):
-    """Finds nothing, without taking the message to pieces first."""
-
-    def recall_candidates(
-        self,
-        query: str,
-        context_hints: list[str] | None = None,
-        top_k: int = 5,
-        exclude_ids: set[str] | None = None,
-    ) -> list[RecallCandidate]:
-        return []

@@ -82,3 +82,76 @@ def open_memory(path: Path, log: logging.Logger) -> MemoryManager | None:
     except (OSError, sqlite3.Error) as exc:
         log.error("memory %s cannot be opened: %s", path.name, exc)
         return None
+
+
+# Where memory is off. What agentao saves by itself (summaries of what it compacts) is in the
+# history already, and a database in memory costs 100 KB per session.
+
+
+class NoMemory:
+    """agentao's MemoryStore that keeps nothing."""
+
+    def change_version(self) -> int:
+        return 0
+
+    def upsert_memory(self, record: MemoryRecord) -> MemoryRecord:
+        return record
+
+    def get_memory_by_id(self, memory_id: str) -> None:
+        return None
+
+    def get_memory_by_scope_key(self, scope: str, key_normalized: str) -> None:
+        return None
+
+    def list_memories(self, scope: str | None = None) -> list[MemoryRecord]:
+        return []
+
+    def search_memories(self, query: str, scope: str | None = None) -> list[MemoryRecord]:
+        return []
+
+    def filter_by_tag(self, tag: str, scope: str | None = None) -> list[MemoryRecord]:
+        return []
+
+    def soft_delete_memory(self, memory_id: str) -> bool:
+        return False
+
+    def clear_memories(self, scope: str | None = None) -> int:
+        return 0
+
+    def save_session_summary(self, record: SessionSummaryRecord) -> None:
+        return None
+
+    def list_session_summaries(
+        self, session_id: str | None = None, limit: int = 20
+    ) -> list[SessionSummaryRecord]:
+        return []
+
+    def clear_session_summaries(self, session_id: str | None = None) -> int:
+        return 0
+
+    def upsert_review_item(self, item: MemoryReviewItem) -> MemoryReviewItem:
+        return item
+
+    def get_review_item(self, item_id: str) -> None:
+        return None
+
+    def list_review_items(
+        self, status: str | None = "pending", limit: int = 50
+    ) -> list[MemoryReviewItem]:
+        return []
+
+    def update_review_status(self, item_id: str, status: str) -> bool:
+        return False
+
+
+class NoRecall(MemoryRetriever):
+    """Finds nothing, without taking the message to pieces first."""
+
+    def recall_candidates(
+        self,
+        query: str,
+        context_hints: list[str] | None = None,
+        top_k: int = 5,
+        exclude_ids: set[str] | None = None,
+    ) -> list[RecallCandidate]:
+        return []

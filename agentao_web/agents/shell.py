@@ -35,6 +35,7 @@ from agentao.tools import ShellTool
 from . import sandbox
 from .quota import Quota
 from .quota import Usage
+from .relative import Pieces
 
 #: Characters of a command; the kernel takes 128 KiB of one argument.
 MAX_COMMAND: t.Final = 32_768
@@ -372,39 +373,26 @@ class _Shown:
         self._on_chunk = on_chunk
         self._path = path
         self._left = SHOWN
-        self._decoders: dict[object, t.Any] = {}
-        self._held: dict[object, str] = {}
+        self._pipes: dict[object, tuple[codecs.IncrementalDecoder, Pieces]] = {}
 
     def add(self, pipe: object, data: bytes) -> None:
         if self._on_chunk is None or self._left <= 0:
             return
-        decoder = self._decoders.get(pipe)
-        if decoder is None:
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")
-            self._decoders[pipe] = decoder
-        text = self._held.get(pipe, "") + decoder.decode(data, final=not data)
-        # A path may be cut in two: what could be the beginning of one waits for the rest.
-        cut = len(text) - (_begun(text, self._path + "/") if data else 0)
-        self._held[pipe] = text[cut:]
-        self._send(text[:cut].replace(self._path + "/", "").replace(self._path, "."))
+        if pipe not in self._pipes:
+            fresh = codecs.getincrementaldecoder("utf-8")("replace")
+            self._pipes[pipe] = fresh, Pieces(self._path)
+        decoder, pieces = self._pipes[pipe]
+        self._send(pieces.add(decoder.decode(data)))
 
     def end(self) -> None:
-        for pipe in list(self._held):
-            self.add(pipe, b"")
+        for decoder, pieces in self._pipes.values():
+            self._send(pieces.add(decoder.decode(b"", final=True)) + pieces.rest())
 
     def _send(self, text: str) -> None:
-        if text and self._on_chunk is not None:
+        if text and self._left > 0 and self._on_chunk is not None:
             shown = text[: self._left]
             self._left -= len(text)
             self._on_chunk(shown + _CUT if self._left <= 0 else shown)
-
-
-def _begun(text: str, path: str) -> int:
-    """How many characters at the end of *text* are a beginning of *path*."""
-    for length in range(min(len(path) - 1, len(text)), 0, -1):
-        if text.endswith(path[:length]):
-            return length
-    return 0
 
 
 def _readable(pipe: t.IO[bytes]) -> bool:
