@@ -19,7 +19,8 @@ class StreamSlots:
     def __init__(self) -> None:
         self.most: int | None = None
         self.taken = 0
-        self._lock = threading.Lock()
+        # Of the same thread, too: the collector may give a place back in the middle of taking one.
+        self._lock = threading.RLock()
 
     def of_threads(self, threads: int, reserve: int) -> None:
         """The server has *threads*; keep *reserve* of them free, at most a quarter."""
@@ -50,3 +51,7 @@ class Slot:
         slots, self._slots = self._slots, None
         if slots is not None:
             slots._give_back()
+
+    def __del__(self) -> None:
+        # Of an answer that the host's own code dropped nobody says that it is over.
+        self.free()

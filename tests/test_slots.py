@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import typing as t
 
@@ -144,3 +145,21 @@ def test_a_refused_turn_gives_its_place_back(web: Make) -> None:
     assert_error(w.post("/chat/s", {"message": "two"}), 409, "session_busy")
     assert slots.taken == 0
     gate.open()
+
+
+def test_a_stream_that_the_hosts_own_code_throws_away_leaves_its_place(
+    web: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    w = web()
+    slots = limited(w, 1)
+
+    @w.app.after_request
+    def broken(response: t.Any) -> t.Any:
+        if response.mimetype == "text/event-stream":
+            raise ZeroDivisionError
+        return response
+
+    assert w.post("/chat/s", {"message": "hi"}).status_code == 500
+    caplog.clear()  # It has the traceback, which has the answer.
+    gc.collect()
+    assert slots.taken == 0
