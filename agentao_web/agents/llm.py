@@ -26,12 +26,14 @@ import socket
 import ssl
 import threading
 import time
+import types
 import typing as t
 import urllib.request
 
 import agentao
 import httpcore2
 import httpx2
+import openai
 from agentao.cancellation import current_turn
 from agentao.llm import LLMClient
 
@@ -56,7 +58,7 @@ _SILENCE = logging.Logger("agentao_web.silence", logging.CRITICAL + 1)
 _PRIVATE = (
     ("agentao.llm.client:LLMClient", ("_make_adapter", "_log_request", "_log_response")),
     *(
-        (adapter, ("create_client", "classify_retry", "log_view", "send", "consume_stream"))
+        (adapter, ("create_client", "classify_retry", "log_view", "send"))
         for adapter in (
             "agentao.llm._openai_completions:OpenAICompletionsAdapter",
             "agentao.llm._openai_responses:OpenAIResponsesAdapter",
@@ -153,15 +155,17 @@ class ModelPool:
         return self._http.is_closed
 
     def sdk(self, key: tuple[str, ...], build: cabc.Callable[[], t.Any]) -> t.Any:
-        """The SDK client for *key*; a new one costs an SSL context, so it is built once."""
+        """The SDK client for *key*, which begins with the wire format.
+
+        A new one costs an SSL context, so it is built once.
+        """
         with self._lock:
             if key not in self._sdks:
                 if len(self._sdks) >= _MAX_SDKS:
                     self._sdks.pop(next(iter(self._sdks)))
                 plain = build()
-                self._sdks[key] = plain.with_options(
-                    http_client=self._http, timeout=self.stream_timeout
-                )
+                pooled = plain.with_options(http_client=self._http, timeout=self.stream_timeout)
+                self._sdks[key] = _Plainly(pooled) if key[0] == "openai-completions" else pooled
                 plain.close()
             return self._sdks[key]
 
@@ -248,18 +252,9 @@ class _Wire:
 
     def send(self, kwargs: dict[str, t.Any], acc: t.Any) -> t.Any:
         # Chat Completions is the only wire whose `send` does not stream.
-        if self._completions:
+        if self._owner.api_format == "openai-completions":
             kwargs = {**_as_it_is(kwargs), "timeout": self._pool.call_timeout}
         return self._adapter.send(kwargs, acc)
-
-    def consume_stream(self, kwargs: dict[str, t.Any], *more: t.Any) -> t.Any:
-        return self._adapter.consume_stream(
-            _as_it_is(kwargs) if self._completions else kwargs, *more
-        )
-
-    @property
-    def _completions(self) -> bool:
-        return self._owner.api_format == "openai-completions"
 
     def classify_retry(self, exc: BaseException) -> tuple[bool, int | None, str | None]:
         retryable, status, retry_after = self._adapter.classify_retry(exc)
@@ -278,12 +273,59 @@ class _Wire:
         return again, status, retry_after
 
 
-def _as_it_is(kwargs: dict[str, t.Any]) -> dict[str, t.Any]:
-    """The same request of Chat Completions, past the SDK's search for what it may have to rename.
+class _Plainly:
+    """The OpenAI SDK's client, with JSON instead of its models where a stream is read.
 
-    That walks through every message and tool, with nothing to find in plain JSON, and is half of
-    the CPU between a message and its first token. `extra_body` is the SDK's own way around it.
+    Building them is half of the CPU of a token, and walking through a request for names to
+    change, of which there are none in plain JSON, half of the CPU before the first one.
     """
+
+    def __init__(self, sdk: openai.OpenAI) -> None:
+        self._sdk = sdk
+        self.chat = types.SimpleNamespace(completions=_Completions(sdk))
+
+    def __getattr__(self, name: str) -> t.Any:
+        return getattr(self._sdk, name)
+
+
+class _Completions:
+    """``client.chat.completions`` as Agentao's adapter uses it."""
+
+    def __init__(self, sdk: openai.OpenAI) -> None:
+        self._sdk = sdk
+
+    def __getattr__(self, name: str) -> t.Any:
+        return getattr(self._sdk.chat.completions, name)
+
+    def create(self, **kwargs: t.Any) -> cabc.Iterator[t.Any]:
+        """The chunks of a stream: what is not in one is None."""
+        more = kwargs.pop("extra_body", None) or {}
+        chunks = self._sdk.post(
+            "/chat/completions",
+            body={**kwargs, **more},
+            cast_to=object,
+            stream=True,
+            stream_cls=openai.Stream[object],
+        )
+        return map(_plain, chunks)
+
+
+class _Plain(dict[str, t.Any]):
+    """An object of JSON whose fields are attributes, too."""
+
+    __getattr__ = dict.get
+
+
+def _plain(value: t.Any) -> t.Any:
+    if isinstance(value, dict):
+        return _Plain({name: _plain(part) for name, part in value.items()})
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return value
+
+
+def _as_it_is(kwargs: dict[str, t.Any]) -> dict[str, t.Any]:
+    """The same request in one piece, past that search: the SDK's own way around it."""
     plain = {name: kwargs[name] for name in ("messages", "tools") if name in kwargs}
     told = {name: value for name, value in kwargs.items() if name != "tools"}
     # The SDK wants to see some messages; these of the body win.

@@ -6,6 +6,8 @@ from __future__ import annotations
 import collections.abc as cabc
 import contextlib
 import gc
+import http.server
+import json
 import logging
 import os
 import pathlib
@@ -333,6 +335,118 @@ def test_a_request_is_the_one_agentao_would_send(
         "assistant",
         "tool",
     ]
+
+
+def _chunk(delta: t.Any, **more: t.Any) -> dict[str, t.Any]:
+    choice = {"index": 0, "delta": delta, "finish_reason": None, **more}
+    return {"id": "c", "object": "chat.completion.chunk", "model": "other", "choices": [choice]}
+
+
+def _call_part(**more: t.Any) -> dict[str, t.Any]:
+    return _chunk({"tool_calls": [more]})
+
+
+#: What providers send, the odd included, as chunks of one stream.
+STREAMS: dict[str, list[t.Any]] = {
+    "text and usage": [
+        _chunk({"role": "assistant", "content": ""}),
+        _chunk({"content": "he"}),
+        _chunk({"content": "llo"}),
+        _chunk({}, finish_reason="stop"),
+        {
+            "choices": [],
+            "usage": {
+                "prompt_tokens": 9,
+                "completion_tokens": 5,
+                "total_tokens": 14,
+                "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 2},
+                "completion_tokens_details": {"reasoning_tokens": 3},
+            },
+        },
+    ],
+    "usage beside the text": [
+        {**_chunk({"content": "x"}), "usage": {"prompt_tokens": 1, "completion_tokens": None}},
+        {"choices": None, "usage": {"prompt_tokens": 2, "prompt_tokens_details": None}},
+    ],
+    "reasoning of either name": [
+        _chunk({"reasoning_content": "so "}),
+        _chunk({"reasoning": "then"}),
+        _chunk({"reasoning": "no", "reasoning_content": "yes"}),
+        _chunk({"content": "ok"}, finish_reason="stop"),
+    ],
+    "a call in pieces": [
+        _call_part(index=0, id="a", type="function", function={"name": "re", "arguments": ""}),
+        _call_part(index=0, function={"name": "ad", "arguments": '{"p":'}),
+        _call_part(index=1, id="b", function={"name": "ls", "arguments": "{}"}),
+        _call_part(index=0, function={"arguments": " 1}"}),
+        _chunk({}, finish_reason="tool_calls"),
+    ],
+    "calls without an index, with a signature": [
+        _call_part(id="a", function={"name": "x", "arguments": "{", "thought_signature": "s"}),
+        _call_part(function={"arguments": "}"}),
+        _call_part(id="b", function={"name": "y", "arguments": None}),
+        _call_part(id="b", function=None),
+    ],
+    "no end": [_chunk({"content": "half"})],
+    "fields nobody knows": [{**_chunk({"content": "a", "items": [1], "get": 2}), "keys": {"a": 1}}],
+    "no delta": [_chunk(None), _chunk({"content": "x"}, finish_reason="length")],
+    "a chunk that is none": [_chunk({"content": "x"}), "text"],
+    "an error in the middle": [_chunk({"content": "x"}), {"error": {"message": "no", "code": 1}}],
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_is_read_as_the_sdk_reads_it(make_pool: MakePool, name: str) -> None:
+    """A token is JSON here and a model of the SDK's there: Agentao must see the same in both."""
+    data = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in STREAMS[name])
+    answer = (data + "data: [DONE]\n\n").encode()
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args: t.Any) -> None:
+            pass
+
+    def read(client: LLMClient) -> t.Any:
+        told: list[tuple[str, str]] = []
+        try:
+            got = client.chat_stream(
+                [{"role": "user", "content": "hi"}],
+                tools=None,
+                on_text_chunk=lambda text: told.append(("text", text)),
+                on_reasoning_chunk=lambda text: told.append(("thought", text)),
+            )
+        except Exception as exc:
+            return told, type(exc), str(exc)
+        message = got.choices[0].message
+        calls = [
+            (c.id, c.function.name, c.function.arguments, vars(c.function).get("thought_signature"))
+            for c in message.tool_calls or ()
+        ]
+        return (
+            *(told, calls, message.content, message.reasoning_content, got.model),
+            *(got.choices[0].finish_reason, got.finish_reason_reported),
+            *(got.usage and got.usage.prompt_tokens, client.usage_snapshot()),
+        )
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as provider:
+        serving = threading.Thread(target=provider.serve_forever, args=(0.01,))
+        serving.start()
+        try:
+            url = f"http://127.0.0.1:{provider.server_address[1]}/v1"
+            llm = {"api_key": "sk-test", "base_url": url, "model": "scripted"}
+            ours = read(make_pool(attempts=1).client(logger=LOGGER, **llm))
+            theirs = read(LLMClient(log_file=None, logger=LOGGER, **llm))
+        finally:
+            provider.shutdown()
+            serving.join(LONG)
+
+    assert ours == theirs
 
 
 # ---------------------------------------------------------------------------------- stops
