@@ -49,7 +49,8 @@ from tests.model_server import vanish
 #: A safety net for waits between threads, never a measure.
 LONG = 20.0
 #: A stop takes about a millisecond; the rest is for machines that do something else meanwhile.
-SOON = 1.0
+#: Still far from what ends a call otherwise: the read timeout, after a minute.
+SOON = 15.0
 #: A self-signed certificate is cheap where there is an openssl.
 SCHEMES = ["http", "https"] if shutil.which("openssl") else ["http"]
 
