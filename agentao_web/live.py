@@ -29,6 +29,7 @@ from agentao_web.core.turn import ENDED
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
 from agentao_web.core.turn import Turn
+from agentao_web.core.turn import settle
 from agentao_web.core.turn import terminal
 
 if t.TYPE_CHECKING:
@@ -131,6 +132,8 @@ class Live:
         self._stored = head
         self._current: LiveTurn | None = None
         self._queue: collections.deque[LiveTurn] = collections.deque()
+        self._told: set[str] = set()
+        """Queued turns whose end was written under the present claim."""
         self._readers: set[Audience] = set()
         self._looks: set[threading.Event] = set()
 
@@ -239,6 +242,24 @@ class Live:
         with self._cond:
             return live in self._queue
 
+    def taken(self, live: LiveTurn) -> bool:
+        """The store has taken *live*; whether that ends it, since it was stopped meanwhile."""
+        with self._cond:
+            live.accepted.set()
+            if live.turn.stop_reason is None or live not in self._queue:
+                return False
+            return self._end_under_claim(live)
+
+    def step_out(self, live: LiveTurn) -> bool:
+        """Take *live* out of the queue, if nobody here has the claim to write its end under."""
+        with self._cond:
+            holder = self._current
+            stuck = holder is not None and holder.claim is None and live.accepted.is_set()
+            if not stuck or live not in self._queue:
+                return False
+            self._queue.remove(live)
+            return True
+
     def announce(self, live: LiveTurn) -> bool:
         """Publish that *live* is queued, unless the running turn is just ending."""
         with self._cond:
@@ -264,8 +285,10 @@ class Live:
                 # Another worker wrote in between, or the store missed the end of our last turn:
                 # what the store says is the truth.
                 self._log = EventLog(max_bytes=self._log_bytes, head=opening - 1)
-            self._log.claim(claim.generation)
+            else:
+                self._log.claim(claim.generation)
             self._log.add(claim.opening)
+            self._told = set()
             self._stored = self._remote_head = opening
             self.elsewhere, self.queued_elsewhere = None, False
             live.transcript.add(claim.opening)
@@ -382,12 +405,22 @@ class Live:
             self._log = EventLog(max_bytes=self._log_bytes, head=self._stored)
             self._remote_head = self._stored
 
-    def end(self, live: LiveTurn, outcome: Outcome, final: Event) -> LiveTurn | None:
-        """Show how *live* ended and return the turn whose time has come, if any."""
+    def end(
+        self, live: LiveTurn, outcome: Outcome, final: Event, *, others: bool = False
+    ) -> LiveTurn | None:
+        """Show how *live* ended and return the turn whose time has come, if any.
+
+        With *others* the store has queued turns of this session that are none of ours, or whose
+        end is not in the log yet: who reads is not to be told that it is idle.
+        """
         with self._cond:
-            if final.seq is not None:
+            if final.seq is not None and live.claim is not None:
                 self._log.add(final)
                 self._stored = final.seq
+            elif final.seq is not None:
+                # Written without a claim of ours: others may have written before it.
+                self._remote_head = max(self._remote_head, final.seq)
+            self.queued_elsewhere = self.queued_elsewhere or others
             live.turn.end(outcome, self.clock())
             live.outcome, live.final = outcome, final
             self.used = self.clock()
@@ -430,25 +463,49 @@ class Live:
             live.kept, live.left_at = True, None
 
     def _end_queued(self, live: LiveTurn, reason: str) -> bool:
-        """End a waiting turn under the running one's claim.
+        """End a waiting turn under the running one's claim; False if it was stopped before.
 
-        Without one to write under it stays in the queue, and ends as soon as its time comes.
+        Without one to write under it stays in the queue, and ends as soon as its time comes. So
+        does one that has no row yet: its end would be written, and then its row.
         """
-        holder = self._current
-        now = self.clock()
-        if not live.turn.stop(reason, now):
+        if not live.turn.stop(reason, self.clock()):
             return False
-        if holder is None or not self._may_write(holder):
-            return True
+        self._end_under_claim(live)
+        return True
+
+    def _end_under_claim(self, live: LiveTurn) -> bool:
+        holder = self._current
+        if holder is None or not self._may_write(holder) or not live.accepted.is_set():
+            return False
+        now = self.clock()
+        outcome = settle(Outcome(State.CANCELLED), live.turn.stop_reason)
+        duration = int((now - live.turn.created) * 1000)
+        final = self._write_end(live.turn.id, terminal(outcome, duration_ms=duration))
+        if final is None:
+            return False
         self._queue.remove(live)
         live.closing = True
-        outcome = Outcome(State.CANCELLED, reason)
-        duration = int((now - live.turn.created) * 1000)
-        live.final = self._write(live.turn.id, terminal(outcome, duration_ms=duration))
-        live.outcome = outcome
+        live.final, live.outcome = final, outcome
         live.turn.end(outcome, now)
         self._cond.notify_all()
         return True
+
+    def end_elsewhere(self, turn_id: str, ending: Draft) -> bool:
+        """A turn queued at another worker has ended: put that into the log, if it is ours.
+
+        Once for each claim: the store takes the turn for ended as soon as it has the event.
+        """
+        with self._cond:
+            current = self._current
+            if current is None or not self._may_write(current) or turn_id in self._told:
+                return False
+            return self._write_end(turn_id, ending) is not None
+
+    def _write_end(self, turn_id: str, ending: Draft) -> Event | None:
+        final = self._write(turn_id, ending)
+        if final is not None:
+            self._told.add(turn_id)
+        return final
 
     def _follow(self, live: LiveTurn) -> LiveTurn | None:
         """*live* is done with: the one whose time has come in its place, if any."""

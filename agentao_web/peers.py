@@ -21,6 +21,7 @@ from agentao_web.live import LiveTurn
 from agentao_web.questions import ANSWERED
 from agentao_web.runner import Books
 from agentao_web.runner import Runner
+from agentao_web.store import LEFT
 from agentao_web.store import Orphan
 from agentao_web.store import Signal
 from agentao_web.store import Store
@@ -241,6 +242,9 @@ class Peers:
             self._seen = stamp, watched, set(parked)
 
     def _obey(self, signal: Signal) -> None:
+        if signal.reason == LEFT:
+            self._runner.write_endings(signal.key)
+            return
         found = self._books.find(signal.turn_id)
         if found is None:
             return

@@ -21,6 +21,7 @@ from agentao_web.core.log import Event
 from agentao_web.core.log import Slice
 from agentao_web.core.log import is_ahead
 from agentao_web.core.log import joined
+from agentao_web.core.turn import ENDS
 from agentao_web.core.turn import State
 from agentao_web.live import Live
 from agentao_web.live import LiveTurn
@@ -30,10 +31,6 @@ from agentao_web.store import Store
 #: A write of that size has to get through within SEND_TIMEOUT, so it is not a large one.
 _BATCH, _BATCH_BYTES = 500, 2**16
 _CLOSED: t.Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
-
-
-#: The types that end a turn.
-_ENDS: t.Final = frozenset({"done", "error"})
 
 
 class Reader:
@@ -136,7 +133,7 @@ class Reader:
             events = [e for e in events if e.turn_id == self.turn_id or e.type == "gap"]
             if self.turn is None:
                 self._look_for_questions(events)
-            if events and events[-1].type in _ENDS:
+            if events and events[-1].type in ENDS:
                 self._tell(events[-1])
         if not self.told and unstored is not None and unstored.seq is None:
             # Never stored: shown once the reader has all that was.

@@ -36,6 +36,7 @@ from agentao_web.questions import Questions
 from agentao_web.questions import record
 from agentao_web.store import Finish
 from agentao_web.store import KeyUse
+from agentao_web.store import Left
 from agentao_web.store import Orphan
 from agentao_web.store import Store
 from agentao_web.store import TurnRow
@@ -178,6 +179,11 @@ class Books:
             self.slots += 1
             return True
 
+    def take(self) -> None:
+        """A place for somebody who needs it for a moment only."""
+        with self.lock:
+            self.slots += 1
+
     def advance(self, most: int) -> tuple[LiveTurn, Live] | None:
         """The first in line gets a slot, if fewer than *most* are taken."""
         with self.lock:
@@ -199,6 +205,12 @@ class Books:
         """Every registered turn and its session."""
         with self.lock:
             return list(self.turns.items())
+
+    def holder(self, key: SessionKey) -> Live | None:
+        """The session, if one of our turns holds it."""
+        with self.lock:
+            mine = (live for turn, live in self.turns.items() if live.key == key and turn.claim)
+            return next(mine, None)
 
     def wait_quiet(self, condition: cabc.Callable[[], bool], until: float) -> bool:
         """Wait until *condition* holds, asked whenever a turn ended, or *until* (monotonic)."""
@@ -323,12 +335,7 @@ class Runner:
         """
         while self.unclosed:
             live, orphan, code = self.unclosed[0]
-            ended = self._close(orphan, code)
-            if not ended and not orphan.running:
-                # Taken over the last time, so it is the running one by now.
-                ended = self._close(dataclasses.replace(orphan, running=True), code)
-            if ended and code == LOST:
-                self.observer.reaped(orphan.key, orphan.turn_id)
+            self._end_orphan(orphan, code)
             self.unclosed.pop(0)
             if live is not None and not live.owned:
                 # What was shown here and never stored is no part of the log.
@@ -390,19 +397,47 @@ class Runner:
                 self.observer.ended(live.key, turn.turn, turn.outcome, self._clock())
                 self._books.leave(turn)
                 self.writer.note(live, urgent=True)
-                if turn.accepted.is_set():
-                    self.dequeue(live, turn)
+                self.end_row(live, turn)
             elif self._books.unpark(turn):
                 # It waits for another worker, so nobody of ours would end it.
                 outcome = Outcome(State.CANCELLED, turn.turn.stop_reason)
                 self.go_on(live, self._conclude(live, turn, outcome, None))
+            elif live.step_out(turn):
+                # The one before it waits for another worker, perhaps for long.
+                self._books.take()
+                outcome = Outcome(State.CANCELLED, turn.turn.stop_reason)
+                self._conclude(live, turn, outcome, None)
 
-    def dequeue(self, live: Live, turn: LiveTurn) -> None:
-        """Remove the row of a queued turn that ended without having begun."""
+    def end_row(self, live: Live, turn: LiveTurn) -> None:
+        """See that the end of a queued turn gets into the log, whatever becomes of us."""
+        final = turn.final
+        if final is not None:
+            self._end_queued(live.key, turn.turn.id, Draft(final.type, final.data, final.extra))
+
+    def end_later(self, key: SessionKey, turn: LiveTurn) -> None:
+        """The store may have *turn* in its queue, and nobody here does: end it when it is back."""
+        orphan = Orphan(key, turn.turn.id, running=False, cursor=0)
+        self.unclosed.append((None, orphan, "store_unavailable"))
+
+    def _end_queued(self, key: SessionKey, turn_id: str, ending: Draft) -> Left | None:
         try:
-            self._store.dequeue(live.key, turn.turn.id)
+            return self._store.end_queued(key, turn_id, ending, self._clock())
         except StoreUnavailable:
-            self._log.warning("turn %s: its row outlives it for now", turn.turn.id)
+            self._log.warning("turn %s: its end is not in the log yet", turn_id)
+            self.unclosed.append(
+                (None, Orphan(key, turn_id, False, 0, ending), "store_unavailable")
+            )
+            return None
+
+    def write_endings(self, key: SessionKey) -> bool:
+        """Write how turns that were queued at other workers ended; False if others are to do it."""
+        live = self._books.holder(key)
+        if live is None:
+            return False
+        for turn in self._store.active(key):
+            if turn.ending is not None and live.end_elsewhere(turn.id, turn.ending):
+                self.writer.note(live, urgent=True)
+        return True
 
     def give_up(self, live: Live, turn: LiveTurn) -> int:
         """*turn* does not end: close its log, retire its agent, count its thread.
@@ -444,13 +479,31 @@ class Runner:
 
         It may be taken over already: then it is ours, and nobody takes it for lost any more.
         """
-        again = Orphan(orphan.key, orphan.turn_id, orphan.running, orphan.cursor)
-        self.unclosed.append((None, again, LOST))
+        told = (orphan.key, orphan.turn_id, orphan.running, orphan.cursor, orphan.ending)
+        self.unclosed.append((None, Orphan(*told), LOST))
 
     def reap(self, orphan: Orphan) -> None:
-        """End a turn nobody runs: in its log, in the transcript, in what the model reads."""
-        if self._close(orphan, LOST):
+        """End a turn nobody runs: in its log, in the transcript, in what the model reads.
+
+        Of a queued one that has ended already only the log has to hear.
+        """
+        self._end_orphan(orphan, LOST)
+
+    def _end_orphan(self, orphan: Orphan, code: str) -> None:
+        if orphan.running:
+            ended = self._close(orphan, code)
+        else:
+            ended = self._let_go(orphan, code)
+        if ended and code == LOST:
             self.observer.reaped(orphan.key, orphan.turn_id)
+
+    def _let_go(self, orphan: Orphan, code: str) -> bool:
+        """End a queued turn; whether it had not ended before."""
+        ending = orphan.ending or terminal(Outcome(State.FAILED, code), duration_ms=0)
+        left = self._store.end_queued(orphan.key, orphan.turn_id, ending, self._clock())
+        if left is not None and left.unwritten:
+            self.write_endings(orphan.key)
+        return left is not None and left.first and orphan.ending is None
 
     def _close(self, orphan: Orphan, code: str) -> bool:
         claim = self._store.take_over(orphan, self.worker)
@@ -639,11 +692,11 @@ class Runner:
     ) -> LiveTurn | None:
         """The terminal transaction, then the terminal event."""
         if turn.claim is None:
-            self.dequeue(live, turn)
-            return self._show(live, turn, outcome, None)
+            return self._show_queued(live, turn, outcome)
         final: Event | None
+        others = False
         try:
-            final = self._write(live, turn, outcome, agent)
+            final, others = self._write(live, turn, outcome, agent)
         except ClaimLost:
             live.disown()
             outcome, final = Outcome(State.FAILED, "worker_lost"), None
@@ -658,9 +711,34 @@ class Runner:
             agent.saved()
             live.agent_version = turn.claim.generation
         # What is deleted has no log any more: its last event goes without a number.
-        return self._show(live, turn, outcome, None if live.deleting else final)
+        following = self._show(live, turn, outcome, None if live.deleting else final, others=others)
+        if others and following is None:
+            self._write_left(live.key)
+        return following
 
-    def _write(self, live: Live, turn: LiveTurn, outcome: Outcome, agent: Agent | None) -> Event:
+    def _show_queued(self, live: Live, turn: LiveTurn, outcome: Outcome) -> LiveTurn | None:
+        """End a turn that has no claim: who reads the log hears of it from whoever has."""
+        draft = self._terminal(turn, outcome)
+        left = self._end_queued(live.key, turn.turn.id, draft)
+        final = left.final if left is not None else None
+        if final is None:
+            final = Event(None, turn.turn.id, draft.type, draft.data, self._clock(), draft.extra)
+        others = left is not None and left.unwritten
+        return self._show(live, turn, outcome, final, others=others)
+
+    def _write_left(self, key: SessionKey) -> None:
+        """Some have left the queue while the claim was ours, too late to be written under it."""
+        try:
+            for turn in self._store.active(key):
+                if turn.ending is not None:
+                    self._store.end_queued(key, turn.id, turn.ending, self._clock())
+        except StoreUnavailable:
+            pass  # The janitor finds them.
+
+    def _write(
+        self, live: Live, turn: LiveTurn, outcome: Outcome, agent: Agent | None
+    ) -> tuple[Event, bool]:
+        """The terminal event, and whether others wait."""
         if agent is None:
             appended, rewritten = self._note(turn.turn.request.message, turn.transcript), False
             state = None
@@ -670,10 +748,10 @@ class Runner:
         final = live.number(turn, self._terminal(turn, outcome))
         transcript = turn.transcript.closed(outcome.status.value)
         finish = Finish([final], outcome, transcript, appended, rewritten, final.ts, state)
-        self.writer.finish(live, finish, timeout=COMMIT_TIMEOUT)
+        others = self.writer.finish(live, finish, timeout=COMMIT_TIMEOUT)
         # All it said is in the store now, and a reader may hold on to the turn.
         turn.transcript = Transcript()
-        return final
+        return final, others
 
     def _terminal(self, turn: LiveTurn, outcome: Outcome) -> Draft:
         now = self._clock()
@@ -681,7 +759,13 @@ class Runner:
         return terminal(outcome, duration_ms=int((now - began) * 1000))
 
     def _show(
-        self, live: Live, turn: LiveTurn, outcome: Outcome, final: Event | None
+        self,
+        live: Live,
+        turn: LiveTurn,
+        outcome: Outcome,
+        final: Event | None,
+        *,
+        others: bool = False,
     ) -> LiveTurn | None:
         """Tell the readers. Without *final* the log does not have it: it has no number."""
         if final is None:
@@ -692,7 +776,7 @@ class Runner:
         if not turn.abandoned:
             # Before anyone is told: whoever reacts with the next turn finds room for it.
             self._books.give_back()
-        following = live.end(turn, outcome, final)
+        following = live.end(turn, outcome, final, others=others)
         self._books.leave(turn)
         return following
 

@@ -293,10 +293,11 @@ class SessionPool:
         except BaseException:
             self._take_back(live, admitted, runs=holder is None, lined_up=lines_up)
             raise
-        admitted.accepted.set()
-        if admitted.outcome is not None:
-            # Stopped, or given up, before it had a row.
-            self._runner.dequeue(live, admitted)
+        if live.taken(admitted):
+            self._runner.swept(live, [admitted])
+        elif admitted.outcome is not None:
+            # Given up before it had a row.
+            self._runner.end_row(live, admitted)
         if runs:
             self._runner.start(live, admitted)
         elif holder is None and not lines_up:
@@ -328,14 +329,19 @@ class SessionPool:
             raise SessionBusy("the turn before was not taken; try again") from None
 
     def _enqueue(self, live: Live, turn: LiveTurn, *, new: bool = False) -> None:
-        self.store.enqueue(
-            live.key,
-            self._runner.row(turn),
-            limit=self._caps.max_queue,
-            first=turn.turn.request.on_busy == "interrupt",
-            new=new,
-            use=self._runner.use(turn),
-        )
+        try:
+            self.store.enqueue(
+                live.key,
+                self._runner.row(turn),
+                limit=self._caps.max_queue,
+                first=turn.turn.request.on_busy == "interrupt",
+                new=new,
+                use=self._runner.use(turn),
+            )
+        except StoreUnavailable:
+            # Its commit may have gone through all the same, and nobody would ever run it.
+            self._runner.end_later(live.key, turn)
+            raise
 
     def _wait_elsewhere(self, live: Live, turn: LiveTurn) -> None:
         """*turn* waits for another worker's claim to end; the tailer will see it."""

@@ -327,7 +327,9 @@ def snapshot(parts: Parts, key: SessionKey) -> Response:
         **_session(row),
         state="waiting" if questions and running else live.state(),
         turn=running[0] if running else None,
-        queued=[_turn(turn, states) for turn in turns if turn.state == "queued"],
+        queued=[
+            _turn(turn, states) for turn in turns if turn.state == "queued" and not turn.ending
+        ],
         questions=[_question(question) for question in questions],
         cursor=live.head,
     )

@@ -59,6 +59,9 @@ TRANSITIONS: t.Final[dict[State, dict[str, State]]] = {
     _S.FAILED: {},
 }
 
+#: The events that end a turn.
+ENDS: t.Final = frozenset({"done", "error"})
+
 ENDED: t.Final = frozenset(state for state, row in TRANSITIONS.items() if not row)
 
 #: Why a turn was stopped -> the state that makes of it.

@@ -19,6 +19,9 @@ from agentao_web.core.question import NO_ANSWER
 from agentao_web.core.question import Question
 from agentao_web.core.turn import Outcome
 
+#: Reason of a signal: a queued turn has ended elsewhere, and its end is to be put into the log.
+LEFT: t.Final = "left_queue"
+
 
 @dataclasses.dataclass(frozen=True)
 class TurnRow:
@@ -95,6 +98,20 @@ class ActiveTurn:
     created: float
     cursor: int
     """The place in the log just before its first event."""
+    ending: Draft | None = None
+    """It has left the queue, and this is to be its last event: whoever holds the session writes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """What became of a queued turn that ended."""
+
+    first: bool
+    """Nobody had ended it before."""
+    final: Event | None = None
+    """Its last event, if this wrote it."""
+    unwritten: bool = False
+    """Whoever holds the session is to write it, or the next one to claim it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +140,10 @@ class Signal(t.NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Orphan:
-    """A turn whose worker has not shown a sign of life for too long."""
+    """A turn that its worker does not end: it gave no sign of life for too long.
+
+    Or a queued one that has ended, and whose last event is not in the log yet.
+    """
 
     key: SessionKey
     turn_id: str
@@ -131,6 +151,8 @@ class Orphan:
     """It held the claim; otherwise it was queued."""
     cursor: int
     """The place in the log just before its first event."""
+    ending: Draft | None = None
+    """Its last event, if that is known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +196,7 @@ class Store(t.Protocol):
 
         Creates the session if need be. A queued turn's row becomes the running one; only the
         first of the queue may claim, and a turn that was not queued only if the queue is empty.
+        The ends of queued turns that nobody has written yet are written before.
 
         Raises SessionBusy if another turn holds the claim or is before this one, or if the session
         is being deleted (details ``reason: "deleting"``); TooManySessions if the tenant has no
@@ -201,25 +224,37 @@ class Store(t.Protocol):
     def accepted(self, key: SessionKey, use: KeyUse) -> str | None:
         """The turn that was accepted with *use*; None for a new key, IdempotencyConflict."""
 
-    def dequeue(self, key: SessionKey, turn_id: str) -> None:
-        """A queued turn ended without having begun. Harmless twice."""
+    def end_queued(self, key: SessionKey, turn_id: str, ending: Draft, now: float) -> Left | None:
+        """A queued turn ends without having begun; *ending* is to be its last event.
+
+        If nobody holds the session it is written at once. Otherwise the row keeps it, the worker
+        that holds the session is told (``LEFT``), and the turn waits for nothing any more. Of
+        several endings the first counts. None if the turn is not queued, or not any more.
+        """
 
     def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
-        """Write a batch to the log; ClaimLost if the claim is no longer ours."""
+        """Write a batch to the log; ClaimLost if the claim is no longer ours.
+
+        The last event of a queued turn among them ends that turn.
+        """
 
     def append_many(
         self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]
     ) -> list[Claim]:
         """Write the batches of several sessions together; the claims that are no longer ours."""
 
-    def finish(self, claim: Claim, finish: Finish) -> None:
+    def finish(self, claim: Claim, finish: Finish) -> bool:
         """The terminal transaction, which also releases the claim; ClaimLost as above.
 
-        Questions of the turn that are still open are cancelled, by ``turn_ended``.
+        Questions of the turn that are still open are cancelled, by ``turn_ended``. Returns whether
+        queued turns are left, of whichever worker.
         """
 
     def active(self, key: SessionKey) -> list[ActiveTurn]:
-        """The running turn, if any, then the queued ones in their order."""
+        """The running turn, if any, then the queued ones in their order.
+
+        Also those that have left the queue and whose end is not in the log yet.
+        """
 
     def ended(self, key: SessionKey, turn_id: str) -> EndedTurn | None:
         """How a turn ended, for one who joins it later; None if it has not, or is unknown."""
@@ -297,7 +332,10 @@ class Store(t.Protocol):
         """Give the session a title; NotFound for an unknown one."""
 
     def tombstone(self, key: SessionKey) -> bool:
-        """Refuse new turns from now on; False if there is no such session."""
+        """Refuse new turns from now on; False if there is no such session.
+
+        What has left the queue is forgotten: nobody will read its end.
+        """
 
     def delete(self, key: SessionKey) -> None:
         """Remove every row of a session with a tombstone, its idempotency keys too.
@@ -345,7 +383,8 @@ class Store(t.Protocol):
     def signal(self, key: SessionKey, reason: str, *, but: str, running_only: bool = False) -> int:
         """Tell the workers of the session's active turns *reason*, all but worker *but*'s own.
 
-        With *running_only* the queued ones are spared. Returns how many turns that are.
+        With *running_only* the queued ones are spared; those that have left the queue are in any
+        case. Returns how many turns that are.
         """
 
     def signals(self, worker: str) -> list[Signal]:
@@ -355,14 +394,16 @@ class Store(t.Protocol):
         """Sessions with a tombstone and no active turn: somebody has to remove them."""
 
     def orphans(self, lease: float) -> list[Orphan]:
-        """Active turns whose worker's last beat is more than *lease* seconds ago, or unknown."""
+        """Active turns whose worker's last beat is more than *lease* seconds ago, or unknown.
+
+        Also every turn that has left the queue and whose end is not in the log yet.
+        """
 
     def take_over(self, orphan: Orphan, worker: str) -> Claim | None:
         """Take the session from a dead worker to end *orphan*, in a new generation.
 
         The claim has an opening that was not written: the caller finishes at once. None for one
-        that somebody else has taken over already, and for a queued one while another turn holds
-        the session: it is found again later.
+        that somebody else has taken over already, and for one that does not hold the session.
         """
 
     def close(self) -> None:

@@ -34,12 +34,15 @@ from agentao_web.core.names import SessionKey
 from agentao_web.core.question import NO_ANSWER
 from agentao_web.core.question import Question
 from agentao_web.core.question import to_be_remembered
+from agentao_web.core.turn import ENDS
+from agentao_web.store import LEFT
 from agentao_web.store import ActiveTurn
 from agentao_web.store import AlreadyAccepted
 from agentao_web.store import Claim
 from agentao_web.store import EndedTurn
 from agentao_web.store import Finish
 from agentao_web.store import KeyUse
+from agentao_web.store import Left
 from agentao_web.store import MessagePage
 from agentao_web.store import Orphan
 from agentao_web.store import Revocation
@@ -150,10 +153,11 @@ class _Record:
     generation: int | None = None
     running: TurnRow | None = None
     queue: list[TurnRow] = dataclasses.field(default_factory=list)
+    endings: dict[str, Draft] = dataclasses.field(default_factory=dict)
+    """Of those in the queue that have left it: what is to be written of them."""
     cursor: int = 0
     """The place just before the running turn's first event."""
-    ended: dict[str, EndedTurn | None] = dataclasses.field(default_factory=dict)
-    """None for a queued turn that was ended for its worker: it must not begin any more."""
+    ended: dict[str, EndedTurn] = dataclasses.field(default_factory=dict)
     keys: dict[str, KnownKey] = dataclasses.field(default_factory=dict)
     questions: dict[str, Question] = dataclasses.field(default_factory=dict)
     transcript: list[dict[str, t.Any]] = dataclasses.field(default_factory=list)
@@ -204,9 +208,11 @@ class MemoryStore:
             self._may_come(record, turn, use)
             if record.running is not None:
                 raise SessionBusy("this session is already answering")
-            if record.queue and record.queue[0].id != turn.id:
+            if turn.id in record.endings:
+                raise ClaimLost
+            waiting = _waiting(record)
+            if waiting and waiting[0].id != turn.id:
                 raise SessionBusy("another turn of this session is first")
-            record.queue = record.queue[1:]
             return self._begin(record, turn, opening, now, use)
 
     def enqueue(
@@ -224,14 +230,14 @@ class MemoryStore:
                 self._create(key, turn, turn.created)
             record = self._known(key)
             self._may_come(record, turn, use)
-            if len(record.queue) >= limit:
+            waiting = len(_waiting(record))
+            if waiting >= limit:
                 raise TooManyTurns(
                     "too many turns of this session are waiting", quota=Quota("queue", limit)
                 )
-            place = 0 if first else len(record.queue)
-            record.queue.insert(place, turn)
+            record.queue.insert(0 if first else len(record.queue), turn)
             self._remember(record, turn, use)
-            return place + 1
+            return 1 if first else waiting + 1
 
     def accepted(self, key: SessionKey, use: KeyUse) -> str | None:
         with self._lock:
@@ -239,11 +245,24 @@ class MemoryStore:
             known = None if record is None else record.keys.get(use.key)
             return used_by(known, use, self._clock())
 
-    def dequeue(self, key: SessionKey, turn_id: str) -> None:
+    def end_queued(self, key: SessionKey, turn_id: str, ending: Draft, now: float) -> Left | None:
         with self._lock:
             record = self._records.get(key)
-            if record is not None:
-                record.queue = [turn for turn in record.queue if turn.id != turn_id]
+            if record is None or turn_id not in [turn.id for turn in record.queue]:
+                return None
+            first = turn_id not in record.endings
+            record.endings.setdefault(turn_id, ending)
+            if record.row.deleting:
+                _unqueue(record, turn_id)
+                return Left(first)
+            if record.running is not None:
+                self._signals[Signal(key, turn_id, LEFT)] = record.running.worker
+                return Left(first, unwritten=True)
+            record.log.claim(self._number(record))
+            record.generation = None
+            final = record.log.number(record.endings[turn_id], turn_id, now)
+            self._write(record, [final])
+            return Left(first, final)
 
     def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
         with self._lock:
@@ -260,7 +279,7 @@ class MemoryStore:
                 lost.append(claim)
         return lost
 
-    def finish(self, claim: Claim, finish: Finish) -> None:
+    def finish(self, claim: Claim, finish: Finish) -> bool:
         messages = [json.dumps(message) for message in finish.appended]
         with self._lock:
             record = self._held(claim)
@@ -285,6 +304,7 @@ class MemoryStore:
                 version=claim.generation,
                 turn_id=None,
             )
+            return bool(record.queue)
 
     def active(self, key: SessionKey) -> list[ActiveTurn]:
         with self._lock:
@@ -412,6 +432,8 @@ class MemoryStore:
             if record is None:
                 return False
             record.row = dataclasses.replace(record.row, deleting=True)
+            for turn_id in list(record.endings):
+                _unqueue(record, turn_id)
             return True
 
     def delete(self, key: SessionKey) -> None:
@@ -478,6 +500,7 @@ class MemoryStore:
         with self._lock:
             record = self._records.get(key)
             turns = [] if record is None else [a for a in _active(record) if a.worker != but]
+            turns = [turn for turn in turns if turn.ending is None]
             if running_only:
                 turns = [turn for turn in turns if turn.state == "running"]
             for turn in turns:
@@ -505,24 +528,21 @@ class MemoryStore:
                     turn.id,
                     turn.state == "running",
                     turn.cursor,
+                    turn.ending,
                     record.generation if turn.state == "running" else None,
                 )
                 for record in self._records.values()
                 for turn in _active(record)
-                if turn.worker not in alive
+                if turn.worker not in alive or turn.ending is not None
             ]
 
     def take_over(self, orphan: Orphan, worker: str) -> Claim | None:
         with self._lock:
             record = self._records.get(orphan.key)
-            if record is None:
-                return None
-            if not orphan.running and not self._take_queued(record, orphan):
-                return None
-            if orphan.running and not _is_still(orphan, record):
+            if record is None or not _is_still(orphan, record):
                 return None
             assert record.running is not None
-            self._unsignal(orphan)
+            self._unsignal(orphan.key, orphan.turn_id)
             record.running = dataclasses.replace(record.running, worker=worker)
             generation = self._number(record)
             return taken_over(orphan, generation, record.row.version, record.row.head)
@@ -584,9 +604,13 @@ class MemoryStore:
     def _begin(
         self, record: _Record, turn: TurnRow, opening: Draft, now: float, use: KeyUse | None
     ) -> Claim:
-        row, generation = record.row, self._number(record)
-        record.running, record.cursor = turn, row.head
+        generation = self._number(record)
         record.log.claim(generation)
+        for turn_id, ending in list(record.endings.items()):
+            self._write(record, [record.log.number(ending, turn_id, now)])
+        row = record.row
+        _unqueue(record, turn.id)
+        record.running, record.cursor = turn, row.head
         event = record.log.number(opening, turn.id, now)
         self._write(record, [event])
         self._remember(record, turn, use)
@@ -606,34 +630,45 @@ class MemoryStore:
         record.generation = self._generation
         return self._generation
 
-    def _take_queued(self, record: _Record, orphan: Orphan) -> bool:
-        mine = [turn for turn in record.queue if turn.id == orphan.turn_id]
-        if record.generation is not None or not mine:
-            return False
-        record.queue = [turn for turn in record.queue if turn.id != orphan.turn_id]
-        record.running, record.cursor = mine[0], record.row.head
-        record.row = dataclasses.replace(record.row, turn_id=orphan.turn_id)
-        return True
-
-    def _unsignal(self, orphan: Orphan) -> None:
-        mine = (orphan.key, orphan.turn_id)
+    def _unsignal(self, key: SessionKey, turn_id: str) -> None:
+        mine = (key, turn_id)
         self._signals = {s: w for s, w in self._signals.items() if (s.key, s.turn_id) != mine}
 
     def _write(self, record: _Record, events: cabc.Sequence[Event]) -> None:
         for event in events:
             # What is there was written by an attempt that seemed to fail.
-            if event.seq is not None and event.seq > record.log.head:
-                record.log.add(event)
+            if event.seq is None or event.seq <= record.log.head:
+                continue
+            record.log.add(event)
+            if event.type in ENDS and _unqueue(record, event.turn_id):
+                record.ended[t.cast(str, event.turn_id)] = EndedTurn(event, event.seq - 1)
+                self._unsignal(record.row.key, t.cast(str, event.turn_id))
         record.log.trim()
         record.row = dataclasses.replace(record.row, head=record.log.head)
 
 
 def _active(record: _Record) -> list[ActiveTurn]:
     def row(turn: TurnRow, state: t.Literal["queued", "running"], cursor: int) -> ActiveTurn:
-        return ActiveTurn(turn.id, turn.worker, state, turn.message, turn.created, cursor)
+        told = (turn.id, turn.worker, state, turn.message, turn.created, cursor)
+        return ActiveTurn(*told, record.endings.get(turn.id))
 
     running = [] if record.running is None else [row(record.running, "running", record.cursor)]
     return running + [row(turn, "queued", record.row.head) for turn in record.queue]
+
+
+def _waiting(record: _Record) -> list[TurnRow]:
+    """Those in the queue that have not left it."""
+    return [turn for turn in record.queue if turn.id not in record.endings]
+
+
+def _unqueue(record: _Record, turn_id: str | None) -> bool:
+    """Take a turn out of the queue; False if it is not there."""
+    rest = [turn for turn in record.queue if turn.id != turn_id]
+    found = len(rest) < len(record.queue)
+    record.queue = rest
+    if turn_id is not None:
+        record.endings.pop(turn_id, None)
+    return found
 
 
 def _open(record: _Record) -> list[Question]:

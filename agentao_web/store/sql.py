@@ -31,11 +31,13 @@ from agentao_web.core.log import gap_at
 from agentao_web.core.names import SessionKey
 from agentao_web.core.question import NO_ANSWER
 from agentao_web.core.question import Question
+from agentao_web.store import LEFT
 from agentao_web.store import ActiveTurn
 from agentao_web.store import Claim
 from agentao_web.store import EndedTurn
 from agentao_web.store import Finish
 from agentao_web.store import KeyUse
+from agentao_web.store import Left
 from agentao_web.store import MessagePage
 from agentao_web.store import Orphan
 from agentao_web.store import Revocation
@@ -139,26 +141,28 @@ class SqlStore:
     ) -> Claim:
         def attempt(db: sa.Connection) -> Claim:
             session = steps.locked(db, key)
-            waited = False
+            waited, left = False, list[_Row]()
             if session is None:
                 generation = steps.next_generation(db, self._clock())
                 session = self._create(db, key, turn, now)
             else:
                 self._may_come(db, session, turn, use)
-                waited = _may_begin(db, session, turn)
+                waited, left = _may_begin(db, session, turn)
                 generation = steps.next_generation(db, self._clock())
-            event = Event(
-                first_seq(generation) + 1, turn.id, opening.type, opening.data, now, opening.extra
-            )
+            before = steps.endings(left, generation, now)
+            steps.end_queued(db, session, before)
+            head = t.cast(int, before[-1].seq) if before else session.head
+            seq = first_seq(generation) + len(before) + 1
+            event = Event(seq, turn.id, opening.type, opening.data, now, opening.extra)
             if waited:
-                _start_queued(db, session, turn)
+                _start_queued(db, session, turn, head)
             else:
-                steps.insert_turn(db, session, turn, "running", 0, session.head)
-            values = steps.write(db, session, [event])
+                steps.insert_turn(db, session, turn, "running", 0, head)
+            values = steps.write(db, session, [*before, event])
             values |= {"turns": session.turns + 1, "updated": now}
             steps.change(db, session, {**values, "generation": generation, "turn_id": turn.id})
             self._remember(db, session, turn, use)
-            return Claim(key, generation, turn.id, event, session.version, session.head)
+            return Claim(key, generation, turn.id, event, session.version, head)
 
         return self._retried(attempt)
 
@@ -179,15 +183,17 @@ class SqlStore:
             if session is None:
                 raise NotFound("no such session")
             self._may_come(db, session, turn, use)
-            places = [r.position for r in steps.active(db, session) if r.state == "queued"]
-            if len(places) >= limit:
+            queued = [r for r in steps.active(db, session) if r.state == "queued"]
+            places = [r.position for r in queued]
+            waiting = sum(r.final is None for r in queued)
+            if waiting >= limit:
                 raise TooManyTurns(
                     "too many turns of this session are waiting", quota=Quota("queue", limit)
                 )
             place = min(places, default=1) - 1 if first else max(places, default=0) + 1
             steps.insert_turn(db, session, turn, "queued", place)
             self._remember(db, session, turn, use)
-            return 1 if first else len(places) + 1
+            return 1 if first else waiting + 1
 
         return self._retried(attempt)
 
@@ -196,11 +202,31 @@ class SqlStore:
             session = steps.find(db, key)
             return None if session is None else used_by(_use(db, session, use), use, self._clock())
 
-    def dequeue(self, key: SessionKey, turn_id: str) -> None:
+    def end_queued(self, key: SessionKey, turn_id: str, ending: Draft, now: float) -> Left | None:
         with self._db.write() as db:
             session = steps.locked(db, key)
-            if session is not None:
-                db.execute(sa.delete(turns).where(steps.this_turn(session, turn_id, "queued")))
+            if session is None:
+                return None
+            this = steps.this_turn(session, turn_id, "queued")
+            row = db.execute(sa.select(turns).where(this)).one_or_none()
+            if row is None:
+                return None
+            first = row.final is None
+            if session.deleting:
+                db.execute(sa.delete(turns).where(this))
+                return Left(first)
+            ending = steps.ending_of(row.final) or ending
+            if session.generation is None:
+                seq = first_seq(steps.next_generation(db, self._clock())) + 1
+                final = Event(seq, turn_id, ending.type, ending.data, now, ending.extra)
+                steps.end_queued(db, session, [final])
+                steps.change(db, session, steps.write(db, session, [final]))
+                return Left(first, final)
+            if first:
+                final = Event(None, turn_id, ending.type, ending.data, now, ending.extra)
+                db.execute(sa.update(turns).where(this).values(final=steps.final_json(final)))
+                _ask_holder(db, session, row)
+            return Left(first, unwritten=True)
 
     def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
         with self._db.batch() as db:
@@ -222,11 +248,12 @@ class SqlStore:
     def _append(self, db: sa.Connection, claim: Claim, events: cabc.Sequence[Event]) -> None:
         session = steps.held(db, claim.key, claim.generation)
         place = steps.write(db, session, events)
+        steps.end_queued(db, session, events, but=claim.turn_id)
         if place["log_bytes"] > self._log_bytes * 5 // 4:
             place |= steps.prune(db, session, place["log_bytes"], self._log_bytes)
         steps.change(db, session, place)
 
-    def finish(self, claim: Claim, finish: Finish) -> None:
+    def finish(self, claim: Claim, finish: Finish) -> bool:
         with self._db.write() as db:
             session = steps.held(db, claim.key, claim.generation)
             values = steps.write(db, session, finish.events)
@@ -239,6 +266,8 @@ class SqlStore:
             _end(db, session, claim.turn_id, finish.events[-1])
             mine = questions.c.turn_id == claim.turn_id
             steps.close_questions(db, session, mine, TURN_ENDED)
+            steps.end_queued(db, session, finish.events, but=claim.turn_id)
+            return steps.waits(db, session)
 
     def active(self, key: SessionKey) -> list[ActiveTurn]:
         with self._db.read() as db:
@@ -252,7 +281,8 @@ class SqlStore:
             if session is None:
                 return None
             found = sa.select(turns.c.final, turns.c.cursor)
-            row = db.execute(found.where(steps.this_turn(session, turn_id))).one_or_none()
+            this = steps.this_turn(session, turn_id, "ended")
+            row = db.execute(found.where(this)).one_or_none()
         if row is None or row.final is None:
             return None
         return EndedTurn(Event(*row.final), row.cursor)
@@ -391,6 +421,8 @@ class SqlStore:
             if session is None:
                 return False
             steps.change(db, session, {"deleting": True})
+            left = sa.and_(turns.c.state == "queued", turns.c.final.is_not(None))
+            db.execute(sa.delete(turns).where(turns.c.session == session.id, left))
             return True
 
     def delete(self, key: SessionKey) -> None:
@@ -476,7 +508,8 @@ class SqlStore:
             session = steps.locked(db, key)
             if session is None:
                 return 0
-            found = [row for row in steps.active(db, session) if row.worker != but]
+            rows = steps.active(db, session)
+            found = [row for row in rows if row.worker != but and row.final is None]
             if running_only:
                 found = [row for row in found if row.state == "running"]
             _ask(db, session, found, reason)
@@ -502,11 +535,11 @@ class SqlStore:
             workers.c.id == turns.c.worker, workers.c.beat >= self._now() - lease
         )
         # ``head`` and ``id`` are the session's, the turn's come under names of their own.
-        own = (turns.c.id.label("turn"), turns.c.state, turns.c.cursor)
+        own = (turns.c.id.label("turn"), turns.c.state, turns.c.cursor, turns.c.final)
         found = (
             sa.select(sessions, *own)
             .join_from(turns, sessions)
-            .where(turns.c.position.is_not(None), ~alive)
+            .where(turns.c.position.is_not(None), sa.or_(~alive, turns.c.final.is_not(None)))
             .order_by(sessions.c.id, turns.c.state.desc(), turns.c.position)
         )
         with self._db.read() as db:
@@ -517,33 +550,17 @@ class SqlStore:
             session = steps.locked(db, orphan.key)
             if session is None:
                 return None
-            if not orphan.running:
-                return self._take_queued(db, session, orphan, worker)
             expected = orphan.generation if isinstance(orphan, FoundOrphan) else session.generation
             if session.turn_id != orphan.turn_id or session.generation != expected:
                 return None
             this = steps.this_turn(session, orphan.turn_id)
             db.execute(sa.update(turns).where(this).values(worker=worker))
-            _unask(db, session, orphan.turn_id)
+            steps.unask(db, session, orphan.turn_id)
             generation = steps.next_generation(db, self._clock())
             steps.change(db, session, {"generation": generation})
             return taken_over(orphan, generation, session.version, session.head)
 
     # -- inside --------------------------------------------------------------------------------
-
-    def _take_queued(
-        self, db: sa.Connection, session: _Row, orphan: Orphan, worker: str
-    ) -> Claim | None:
-        if session.generation is not None:
-            return None
-        this = steps.this_turn(session, orphan.turn_id, "queued")
-        began = {"state": "running", "worker": worker, "position": 0, "cursor": session.head}
-        if not db.execute(sa.update(turns).where(this).values(**began)).rowcount:
-            return None
-        _unask(db, session, orphan.turn_id)
-        generation = steps.next_generation(db, self._clock())
-        steps.change(db, session, {"generation": generation, "turn_id": orphan.turn_id})
-        return taken_over(orphan, generation, session.version, session.head)
 
     def _retried(
         self,
@@ -601,34 +618,34 @@ class SqlStore:
         db.execute(sa.insert(keys).values(key=use.key, body=use.body, **row))
 
 
-def _may_begin(db: sa.Connection, session: _Row, turn: TurnRow) -> bool:
-    """Whether it was queued; SessionBusy, or ClaimLost if it must not begin any more."""
+def _may_begin(db: sa.Connection, session: _Row, turn: TurnRow) -> tuple[bool, list[_Row]]:
+    """Whether it was queued, and who has left the queue and is to be told of.
+
+    SessionBusy, or ClaimLost if it must not begin any more.
+    """
     if session.generation is not None:
         raise SessionBusy("this session is already answering")
     rows = steps.waiting(db, session, turn.id)
-    if not rows:
-        return False
-    if rows[0].id != turn.id:
-        raise SessionBusy("another turn of this session is first")
-    if rows[0].state == "ended":
-        # It was queued, and taken from its worker.
+    if any(row.id == turn.id and row.final is not None for row in rows):
+        # It was queued, and ended for its worker.
         raise ClaimLost
-    return True
+    left = [row for row in rows if row.final is not None]
+    waiting = [row for row in rows if row.final is None]
+    if waiting and waiting[0].id != turn.id:
+        raise SessionBusy("another turn of this session is first")
+    return bool(waiting), left
 
 
-def _start_queued(db: sa.Connection, session: _Row, turn: TurnRow) -> None:
+def _start_queued(db: sa.Connection, session: _Row, turn: TurnRow, head: int) -> None:
     this = steps.this_turn(session, turn.id, "queued")
-    running = {"state": "running", "cursor": session.head}
-    db.execute(sa.update(turns).where(this).values(**running))
+    db.execute(sa.update(turns).where(this).values(state="running", cursor=head))
 
 
-def _end(db: sa.Connection, session: _Row, turn_id: str, final: Event | None) -> None:
-    """The turn has ended with *final*, or was queued and ends without having begun."""
-    this = steps.this_turn(session, turn_id, "queued" if final is None else "running")
-    told = None if final is None else steps.final_json(final)
-    ended = {"state": "ended", "position": None, "final": told}
-    if db.execute(sa.update(turns).where(this).values(**ended)).rowcount and final is None:
-        _unask(db, session, turn_id)
+def _end(db: sa.Connection, session: _Row, turn_id: str, final: Event) -> None:
+    """The turn that held the session has ended with *final*."""
+    this = steps.this_turn(session, turn_id, "running")
+    ended = {"state": "ended", "position": None, "final": steps.final_json(final)}
+    db.execute(sa.update(turns).where(this).values(**ended))
 
 
 def _budget(db: sa.Connection, tenant: str, day: str) -> int | None:
@@ -671,9 +688,14 @@ def _ask(db: sa.Connection, session: _Row, found: cabc.Sequence[_Row], reason: s
         db.execute(sa.insert(signals), new)
 
 
-def _unask(db: sa.Connection, session: _Row, turn_id: str) -> None:
-    mine = sa.and_(signals.c.session == session.id, signals.c.turn_id == turn_id)
-    db.execute(sa.delete(signals).where(mine))
+def _ask_holder(db: sa.Connection, session: _Row, left: _Row) -> None:
+    """Have the worker that holds the session write the end of a turn that left the queue."""
+    this = steps.this_turn(session, session.turn_id, "running")
+    worker = db.execute(sa.select(turns.c.worker).where(this)).scalar()
+    # Who ends a turn behind one of its own has written that already.
+    if worker is not None and worker != left.worker:
+        asked = {"session": session.id, "turn_id": left.id, "reason": LEFT}
+        db.execute(sa.insert(signals).values(worker=worker, **asked))
 
 
 def _orphan(row: _Row) -> Orphan:
@@ -683,5 +705,6 @@ def _orphan(row: _Row) -> Orphan:
         row.turn,
         running,
         row.cursor if running else row.head,
+        steps.ending_of(row.final),
         row.generation if running else None,
     )

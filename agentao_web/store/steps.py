@@ -17,11 +17,14 @@ import sqlalchemy as sa
 
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import NotFound
+from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.log import beginning
+from agentao_web.core.log import first_seq
 from agentao_web.core.names import SessionKey
 from agentao_web.core.question import Question
 from agentao_web.core.question import to_be_remembered
+from agentao_web.core.turn import ENDS
 from agentao_web.store import ActiveTurn
 from agentao_web.store import Finish
 from agentao_web.store import SessionRow
@@ -33,6 +36,7 @@ from agentao_web.store.tables import history
 from agentao_web.store.tables import meta
 from agentao_web.store.tables import questions
 from agentao_web.store.tables import sessions
+from agentao_web.store.tables import signals
 from agentao_web.store.tables import transcript
 from agentao_web.store.tables import turns
 
@@ -76,6 +80,7 @@ _OF_SESSION = turns.c.session == sa.bindparam("session")
 _IN_ORDER = sa.select(turns).order_by(turns.c.state.desc(), turns.c.position)
 _IS_ACTIVE = sa.and_(_OF_SESSION, turns.c.position.is_not(None))
 _ACTIVE = _IN_ORDER.where(_IS_ACTIVE)
+_ANY_ACTIVE = sa.select(turns.c.id).where(_IS_ACTIVE).limit(1)
 _WAITING = _IN_ORDER.where(
     sa.or_(_IS_ACTIVE, sa.and_(_OF_SESSION, turns.c.id == sa.bindparam("turn")))
 )
@@ -195,10 +200,16 @@ def waiting(db: sa.Connection, session: Row, turn_id: str) -> cabc.Sequence[Row]
     return db.execute(_WAITING, {"session": session.id, "turn": turn_id}).all()
 
 
+def waits(db: sa.Connection, session: Row) -> bool:
+    """Whether queued turns are left."""
+    return db.execute(_ANY_ACTIVE, {"session": session.id}).first() is not None
+
+
 def active_turn(row: Row, head: int) -> ActiveTurn:
     """An active turn as the protocol has it; what is queued begins after the *head* for now."""
     cursor = row.cursor if row.state == "running" else head
-    return ActiveTurn(row.id, row.worker, row.state, row.message, row.created, cursor)
+    told = (row.id, row.worker, row.state, row.message, row.created, cursor)
+    return ActiveTurn(*told, ending_of(row.final))
 
 
 def insert_turn(
@@ -209,6 +220,41 @@ def insert_turn(
     told = {"id": turn.id, "worker": turn.worker, "created": turn.created}
     said = {"message": turn.message, "images": turn.images}
     db.execute(_NEW_TURN, {**place, **told, **said})
+
+
+def ending_of(final: list[t.Any] | None) -> Draft | None:
+    """What is to be the last event of a turn that has left the queue."""
+    return None if final is None else Draft(final[2], final[3], final[5])
+
+
+def endings(left: cabc.Iterable[Row], generation: int, now: float) -> list[Event]:
+    """The last events of turns that have left the queue, as the first ones of a claim."""
+    drafts = [(row.id, t.cast(Draft, ending_of(row.final))) for row in left]
+    return [
+        Event(first_seq(generation) + n, turn_id, draft.type, draft.data, now, draft.extra)
+        for n, (turn_id, draft) in enumerate(drafts, 1)
+    ]
+
+
+def end_queued(
+    db: sa.Connection, session: Row, written: cabc.Iterable[Event], but: str | None = None
+) -> None:
+    """End the queued turns whose last events are among *written*; *but* that one is the claim's."""
+    for event in written:
+        if event.turn_id in (None, but) or event.type not in ENDS:
+            continue
+        this = this_turn(session, event.turn_id, "queued")
+        place = {"state": "ended", "position": None, "cursor": t.cast(int, event.seq) - 1}
+        if db.execute(
+            sa.update(turns).where(this).values(**place, final=final_json(event))
+        ).rowcount:
+            unask(db, session, event.turn_id)
+
+
+def unask(db: sa.Connection, session: Row, turn_id: str) -> None:
+    """Nothing is asked of that turn any more."""
+    mine = sa.and_(signals.c.session == session.id, signals.c.turn_id == turn_id)
+    db.execute(sa.delete(signals).where(mine))
 
 
 def this_turn(session: Row, turn_id: str, *states: str) -> sa.ColumnElement[bool]:

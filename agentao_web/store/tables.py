@@ -125,6 +125,8 @@ turns = sa.Table(
     # The place in the queue; NULL once it has ended, so that the index holds active turns only.
     sa.Column("position", _Big),
     sa.Column("cursor", _Big, nullable=False, default=0),
+    # Its last event. That of a turn still queued is to be written, and has no number: the turn has
+    # left the queue while somebody else held the session.
     sa.Column("final", Json),
 )
 _ACTIVE = turns.c.position.is_not(None)

@@ -40,13 +40,14 @@ class Source(t.Protocol):
 
 
 class _Job:
-    __slots__ = ("source", "finish", "done", "error")
+    __slots__ = ("source", "finish", "done", "error", "others")
 
     def __init__(self, source: Source, finish: Finish) -> None:
         self.source = source
         self.finish = finish
         self.done = threading.Event()
         self.error: Exception | None = None
+        self.others = False
 
 
 class Writer:
@@ -91,8 +92,8 @@ class Writer:
         if wake:
             self._wake.set()
 
-    def finish(self, source: Source, finish: Finish, *, timeout: float) -> None:
-        """Commit the end of *source*'s turn with all it has not written; raises as the store does.
+    def finish(self, source: Source, finish: Finish, *, timeout: float) -> bool:
+        """Commit the end of *source*'s turn with all it has not written; as the store does it.
 
         After *timeout* seconds without an answer it is StoreUnavailable: whether the commit went
         through is then for the next one to claim the session to find out.
@@ -110,6 +111,7 @@ class Writer:
             raise StoreUnavailable("the store did not answer in time")
         if job.error is not None:
             raise job.error
+        return job.others
 
     @property
     def lag(self) -> float:
@@ -197,7 +199,7 @@ class Writer:
             if claim is None:
                 raise ClaimLost
             finish = dataclasses.replace(job.finish, events=[*events, *job.finish.events])
-            self._store.finish(claim, finish)
+            job.others = self._store.finish(claim, finish)
             self._observer.stored(finish.events)
         except Exception as exc:
             job.error = exc

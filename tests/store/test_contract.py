@@ -27,12 +27,14 @@ from agentao_web.core.names import SessionKey
 from agentao_web.core.question import Question
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
+from agentao_web.store import LEFT
 from agentao_web.store import ActiveTurn
 from agentao_web.store import AlreadyAccepted
 from agentao_web.store import Claim
 from agentao_web.store import EndedTurn
 from agentao_web.store import Finish
 from agentao_web.store import KeyUse
+from agentao_web.store import Left
 from agentao_web.store import Orphan
 from agentao_web.store import Revocation
 from agentao_web.store import Signal
@@ -152,6 +154,21 @@ def run(store: Store, turn_id: str, key: SessionKey = KEY, **options: t.Any) -> 
     held = claim(store, turn_id, key)
     store.finish(held, ending(held, 2, **options))
     return held
+
+
+def stop(reason: str = "cancelled_by_user") -> Draft:
+    return Draft("done", {"status": "cancelled", "reason": reason}, {"reply": ""})
+
+
+def leave(store: Store, turn_id: str, reason: str = "cancelled_by_user") -> Left | None:
+    """A queued turn ends without having begun."""
+    return store.end_queued(KEY, turn_id, stop(reason), 5.0)
+
+
+def told(store: Store) -> list[tuple[str | None, str, str | None]]:
+    """The ends of turns in the log."""
+    ends = [event for event in log(store) if event.type in ("done", "error")]
+    return [(event.turn_id, event.type, event.data.get("reason")) for event in ends]
 
 
 def log(store: Store, after: int | None = None) -> list[Event]:
@@ -473,11 +490,160 @@ def test_a_queued_turn_becomes_the_running_one(store: Store) -> None:
 def test_a_queued_turn_may_end_without_having_begun(store: Store) -> None:
     held = claim(store, "t1")
     enqueue(store, "t2")
-    store.dequeue(KEY, "t2")
-    store.dequeue(KEY, "t2")
+    leave(store, "t2")
+    leave(store, "t2")
     store.finish(held, ending(held, 2))
     session = store.session(KEY)
     assert session is not None and session.turns == 1
+
+
+def test_the_end_of_a_queued_turn_is_written_at_once_if_nobody_holds_the_session(
+    two: tuple[Store, Store],
+) -> None:
+    store, other = two
+    before = run(store, "t1")
+    enqueue(store, "t2")
+    enqueue(store, "t3")
+    left = leave(store, "t2")
+    assert left is not None and (left.first, left.unwritten) == (True, False)
+    assert left.final == log(other)[-1]
+    assert (left.final.data, left.final.extra) == (stop().data, stop().extra)
+    assert (left.final.seq or 0) > first_seq(before.generation + 1)
+    session = other.session(KEY)
+    assert session is not None and (session.head, session.turn_id) == (left.final.seq, None)
+    end = other.ended(KEY, "t2")
+    assert end is not None and end.final == left.final
+    assert [e.turn_id for e in log(other, end.cursor)] == ["t2"], "a join gets it"
+    assert [turn.id for turn in other.active(KEY)] == ["t3"]
+    assert leave(other, "t2") is None, "once"
+    with pytest.raises(ClaimLost):
+        claim(store, "t2")
+    held = run(other, "t3")
+    assert held.head == left.final.seq
+    assert [turn for turn, *_ in told(store)] == ["t1", "t2", "t3"]
+
+
+def test_the_end_of_a_queued_turn_waits_for_who_holds_the_session(
+    two: tuple[Store, Store],
+) -> None:
+    store, other = two
+    held = claim(store, "t1")
+    enqueue(other, "t2", worker="worker-2", limit=1)
+    assert leave(other, "t2", "server_shutdown") == Left(first=True, unwritten=True)
+    assert leave(store, "t2", "client_gone") == Left(first=False, unwritten=True)
+    assert store.signals("worker-1") == [Signal(KEY, "t2", LEFT)]
+    assert store.signal(KEY, "cancelled_by_user", but="worker-1") == 0
+    assert enqueue(store, "t3", limit=1) == 1, "its place is free"
+    assert [turn.ending for turn in store.active(KEY)] == [None, stop("server_shutdown"), None]
+    session = store.session(KEY)
+    assert session is not None and session.queued, "so nobody calls it idle"
+    assert store.ended(KEY, "t2") is None
+    # The first of two endings, by whichever way it is written.
+    done = Event(first_seq(held.generation) + 2, "t2", *stop("server_shutdown")[:2], 6.0)
+    store.append(held, [done])
+    assert [turn.id for turn in other.active(KEY)] == ["t1", "t3"]
+    end = other.ended(KEY, "t2")
+    assert end is not None and end.final == done
+    assert store.finish(held, ending(held, 3)), "one waits"
+    run(store, "t3")
+    assert told(store).count(("t2", "done", "server_shutdown")) == 1
+    assert [turn for turn, *_ in told(store)] == ["t2", "t1", "t3"]
+
+
+def test_the_terminal_transaction_may_end_queued_turns_too(store: Store) -> None:
+    held = claim(store, "t1")
+    enqueue(store, "t2", worker="worker-2")
+    leave(store, "t2")
+    done = Event(first_seq(held.generation) + 2, "t2", *stop()[:2], 6.0)
+    assert store.append_many([(held, [done])]) == []
+    finish = ending(held, 3)
+    assert not store.finish(held, dataclasses.replace(finish, events=[done, *finish.events]))
+    assert store.active(KEY) == []
+    assert [turn for turn, *_ in told(store)] == ["t2", "t1"]
+
+
+def test_who_claims_next_writes_the_ends_nobody_has_written(two: tuple[Store, Store]) -> None:
+    store, other = two
+    held = claim(store, "t1")
+    for n in (2, 3, 4, 5):
+        enqueue(other, f"t{n}", worker="worker-2")
+    for turn_id in ("t2", "t4"):
+        leave(other, turn_id)
+    assert store.finish(held, ending(held, 2))
+    with pytest.raises(SessionBusy):
+        claim(store, "t5")
+    with pytest.raises(ClaimLost):
+        claim(other, "t2", worker="worker-2")
+    held = claim(other, "t3", worker="worker-2")
+    events = log(store)
+    assert [(e.turn_id, e.type) for e in events[-3:]] == [
+        ("t2", "done"),
+        ("t4", "done"),
+        ("t3", "turn_begin"),
+    ]
+    assert held.head == events[-2].seq and held.opening == events[-1]
+    assert [turn.id for turn in store.active(KEY)] == ["t3", "t5"]
+    assert store.active(KEY)[0].cursor == held.head
+    store.finish(held, ending(held, 5))
+    end = store.ended(KEY, "t3")
+    assert end is not None and [e.turn_id for e in log(store, end.cursor)] == ["t3", "t3"]
+    leave(store, "t5")
+    held = run(store, "new")
+    assert [turn for turn, *_ in told(other)] == ["t1", "t2", "t4", "t3", "t5", "new"]
+
+
+def test_who_left_the_queue_is_found_until_its_end_is_written(store: Store) -> None:
+    held = claim(store, "t1")
+    enqueue(store, "t2", worker="worker-2")
+    for worker in ("worker-1", "worker-2"):
+        store.beat(worker)
+    assert store.orphans(PATIENCE) == []
+    leave(store, "t2")
+    (orphan,) = store.orphans(PATIENCE)
+    assert (orphan.turn_id, orphan.running, orphan.ending) == ("t2", False, stop())
+    assert store.take_over(orphan, "worker-1") is None
+    store.finish(held, ending(held, 2))
+    assert [found.turn_id for found in store.orphans(PATIENCE)] == ["t2"]
+    left = store.end_queued(KEY, "t2", Draft("error", {}), 9.0)
+    assert left is not None and left.final is not None and not left.first
+    assert left.final.data == stop().data, "what its own readers were told"
+    assert store.orphans(PATIENCE) == []
+
+
+def test_of_many_who_end_a_queued_turn_one_writes(two: tuple[Store, Store]) -> None:
+    run(two[0], "t1")
+    enqueue(two[0], "t2")
+    found: list[Left | None] = []
+    at_once(8, lambda n: found.append(leave(two[n % 2], "t2", f"reason-{n}")))
+    (wrote,) = [left for left in found if left is not None]
+    assert wrote.first and wrote.final == log(two[1])[-1]
+    assert [turn for turn, *_ in told(two[0])] == ["t1", "t2"]
+
+
+def test_nobody_waits_for_the_end_of_a_queued_turn_of_a_doomed_session(store: Store) -> None:
+    held = claim(store, "t1")
+    enqueue(store, "t2")
+    enqueue(store, "t3")
+    leave(store, "t2")
+    store.tombstone(KEY)
+    assert leave(store, "t3") == Left(first=True)
+    assert [turn.id for turn in store.active(KEY)] == ["t1"]
+    store.finish(held, ending(held, 2))
+    assert store.doomed() == [KEY]
+
+
+def test_the_key_of_a_turn_that_was_cancelled_while_it_waited_leads_to_its_end(
+    store: Store,
+) -> None:
+    use = KeyUse("k", "b" * 64)
+    held = claim(store, "t1")
+    enqueue(store, "t2", use=use)
+    leave(store, "t2")
+    assert store.accepted(KEY, use) == "t2"
+    store.finish(held, ending(held, 2))
+    leave(store, "t2")
+    assert store.accepted(KEY, use) == "t2"
+    assert store.ended(KEY, "t2") is not None
 
 
 def test_the_queue_has_an_order(store: Store) -> None:
@@ -519,9 +685,9 @@ def test_a_queue_has_an_end(store: Store) -> None:
     for first in (False, True):
         with pytest.raises(TooManyTurns):
             enqueue(store, "t4", limit=2, first=first)
-    store.dequeue(KEY, "t2")
+    leave(store, "t2")
     assert enqueue(store, "t4", limit=2) == 2
-    assert [a.id for a in store.active(KEY)] == ["t1", "t3", "t4"]
+    assert [a.id for a in store.active(KEY) if a.ending is None] == ["t1", "t3", "t4"]
 
 
 def test_only_the_first_of_the_queue_may_claim(store: Store) -> None:
@@ -536,13 +702,14 @@ def test_only_the_first_of_the_queue_may_claim(store: Store) -> None:
     with pytest.raises(SessionBusy):
         claim(store, "a newcomer")
     run(store, "t2")
-    store.dequeue(KEY, "t3")
+    leave(store, "t3")
     run(store, "a newcomer")
 
 
-def test_dequeue_spares_the_running_turn(store: Store) -> None:
+def test_only_a_queued_turn_ends_without_having_begun(store: Store) -> None:
+    assert leave(store, "t1") is None
     held = claim(store, "t1")
-    store.dequeue(KEY, "t1")
+    assert leave(store, "t1") is None
     assert [a.id for a in store.active(KEY)] == ["t1"]
     store.finish(held, ending(held, 2))
 
@@ -698,7 +865,7 @@ def test_a_session_with_a_tombstone_is_doomed_once_it_is_quiet(store: Store) -> 
     assert store.doomed() == []
     store.finish(held, ending(held, 2))
     assert store.doomed() == []
-    store.dequeue(KEY, "t2")
+    leave(store, "t2")
     assert store.doomed() == [KEY]
     remove(store, KEY)
     assert store.doomed() == []
@@ -1080,7 +1247,7 @@ def test_who_took_over_may_die_too(store: Store) -> None:
     store.finish(second, ending(second, 2))
 
 
-def test_a_queued_orphan_waits_for_its_session_and_never_begins(store: Store) -> None:
+def test_a_queued_orphan_is_never_taken_over_and_never_begins(store: Store) -> None:
     """Its end is an event like every other, and only who holds the session writes one."""
     held = claim(store, "t1")
     store.beat("worker-1")
@@ -1091,13 +1258,10 @@ def test_a_queued_orphan_waits_for_its_session_and_never_begins(store: Store) ->
     assert [a.id for a in store.active(KEY)] == ["t1", "t2"]
     store.finish(held, ending(held, 2))
     assert [found.turn_id for found in store.orphans(PATIENCE)] == ["t2"]
-    taken = store.take_over(orphan, "worker-1")
-    assert taken is not None and taken.generation > held.generation
-    assert store.take_over(orphan, "worker-3") is None, "once"
+    assert store.take_over(orphan, "worker-1") is None
+    assert leave(store, "t2", "worker_lost") is not None
     assert store.signals("worker-2") == []
-    store.finish(taken, ending(taken, 1))
-    assert store.ended(KEY, "t2") is not None
-    with pytest.raises((ClaimLost, SessionBusy)):
+    with pytest.raises(ClaimLost):
         claim(store, "t2", worker="worker-2")
     run(store, "t3")
 
@@ -1124,7 +1288,7 @@ def test_an_orphan_that_lives_again_is_left_alone(store: Store) -> None:
 UNKNOWN: dict[str, tuple[cabc.Callable[[Store, SessionKey], t.Any], t.Any]] = {
     "enqueue": (lambda s, k: s.enqueue(k, row("t9"), limit=9), NotFound),
     "accepted": (lambda s, k: s.accepted(k, OTHER_BODY), None),
-    "dequeue": (lambda s, k: s.dequeue(k, "t3"), None),
+    "end_queued": (lambda s, k: s.end_queued(k, "t3", stop(), 1.0), None),
     "active": (lambda s, k: s.active(k), []),
     "ended": (lambda s, k: s.ended(k, "t1"), None),
     "session": (lambda s, k: s.session(k), None),

@@ -21,6 +21,7 @@ import pytest
 import sqlalchemy as sa
 
 from agentao_web.core.errors import StoreUnavailable
+from agentao_web.core.log import Draft
 from agentao_web.core.log import first_seq
 from agentao_web.core.names import SessionKey
 from agentao_web.store import Claim
@@ -632,7 +633,8 @@ def test_no_statement_of_a_turn_reads_a_whole_table(folder: Path, open_store: Op
         for n in range(3):
             held = claim(store, f"t{n}", use=USE if n == 0 else None)
             enqueue(store, f"q{n}")
-            store.dequeue(KEY, f"q{n}")
+            store.end_queued(KEY, f"q{n}", Draft("done", {}), 1.0)
+            store.orphans(9.0)
             store.append(held, [text(held, i, "x" * 300) for i in range(2, 20)])
             store.finish(held, ending(held, 20))
             log(store, held.head)
