@@ -42,6 +42,8 @@ Clock = cabc.Callable[[], float]
 
 #: Numbers kept free in a claim for the terminal event and the queue's.
 _ROOM_FOR_ENDINGS: t.Final = 1024
+#: How long readers of a turn wait for another worker to put its end into the log, in seconds.
+_LATE: t.Final = 1.0
 
 
 class LiveTurn:
@@ -53,6 +55,7 @@ class LiveTurn:
         "cursor",
         "transcript",
         "final",
+        "late",
         "outcome",
         "left_at",
         "closing",
@@ -73,6 +76,8 @@ class LiveTurn:
         self.transcript = Transcript()
         self.final: Event | None = None
         """Its ``done`` or ``error``; without ``seq`` if it could not be stored."""
+        self.late: tuple[float, Event] | None = None
+        """When to show what instead, if its end does not come from another worker by then."""
         self.outcome: Outcome | None = None
         self.left_at: float | None = None
         """The turn's waking clock when its last reader left; None while one is there."""
@@ -422,7 +427,12 @@ class Live:
                 self._remote_head = max(self._remote_head, final.seq)
             self.queued_elsewhere = self.queued_elsewhere or others
             live.turn.end(outcome, self.clock())
-            live.outcome, live.final = outcome, final
+            live.outcome = outcome
+            if final.seq is None and live.claim is None and others:
+                # It is going to be in the log, and nobody is to be told twice.
+                live.late = self.clock() + _LATE, final
+            else:
+                live.final = final
             self.used = self.clock()
             return self._follow(live)
 
@@ -589,7 +599,8 @@ class Live:
         """Wait until there is something for *reader*, or its time (of the clock) is up."""
         with self._cond:
             while not (self._news(reader) or reader.over):
-                left = until - self.clock()
+                late = reader.turn.late if reader.turn is not None else None
+                left = (until if late is None else min(until, late[0])) - self.clock()
                 if left <= 0:
                     return
                 self._cond.wait(left)

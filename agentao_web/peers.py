@@ -232,7 +232,7 @@ class Peers:
                 self._house.forget(live)
         # Asked after the heads and obeyed before anyone starts: who cancels a running turn and a
         # queued one does both at once, and must not see the queued one begin.
-        for signal in self._store.signals(self._runner.worker) if self._books.turns else ():
+        for signal in self._asked() if self._books.turns else ():
             self._obey(signal)
         for turn, live in parked.items():
             row = rows.get(live.key)
@@ -240,6 +240,16 @@ class Peers:
                 self._runner.start(live, turn)
         if stamp is not None:
             self._seen = stamp, watched, set(parked)
+
+    def _asked(self) -> list[Signal]:
+        """What others ask of us; who is further back in a queue comes first.
+
+        Who is stopped lets the one behind it begin, unless that is stopped.
+        """
+        by_turn: dict[str, list[Signal]] = {}
+        for signal in self._store.signals(self._runner.worker):
+            by_turn.setdefault(signal.turn_id, []).append(signal)
+        return [signal for group in reversed(by_turn.values()) for signal in group]
 
     def _obey(self, signal: Signal) -> None:
         if signal.reason == LEFT:

@@ -127,7 +127,7 @@ class Reader:
         """
         if self.turn is None and self.live.farewell is not None:
             return self._tell(self.live.farewell)
-        unstored = self.turn.final if self.turn is not None else None
+        unstored = self._unstored()
         events = self._advance(limit, max_bytes)
         if self.turn_id is not None:
             events = [e for e in events if e.turn_id == self.turn_id or e.type == "gap"]
@@ -144,6 +144,15 @@ class Reader:
         if events and events[0].type == "gap":
             events[0] = dataclasses.replace(events[0], ts=self.live.clock())
         return joined(events)
+
+    def _unstored(self) -> Event | None:
+        """How our turn ended, as far as it is to be shown without being in the log."""
+        if self.turn is None:
+            return None
+        late = self.turn.late
+        if self.turn.final is None and late is not None and late[0] <= self.live.clock():
+            return late[1]
+        return self.turn.final
 
     def _look_for_questions(self, events: list[Event]) -> None:
         """Another worker's turn tells of its state by its events only."""

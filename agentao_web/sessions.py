@@ -478,14 +478,18 @@ class SessionPool:
     def cancel(self, key: SessionKey) -> int:
         """Stop the running turn and end the queued ones; how many that were."""
         self._wake_up()
-        live = self.peek(key)
-        mine = 0 if live is None else self._runner.stop_all(live, "cancelled_by_user")
         try:
-            return mine + self.store.signal(key, "cancelled_by_user", but=self._runner.worker)
+            # Before ours ends: one that waits for it elsewhere would begin.
+            theirs = self.store.signal(key, "cancelled_by_user", but=self._runner.worker)
+            return theirs + self._cancel_ours(key)
         except StoreUnavailable:
-            if not mine:
-                raise
-            return mine
+            if mine := self._cancel_ours(key):
+                return mine
+            raise
+
+    def _cancel_ours(self, key: SessionKey) -> int:
+        live = self.peek(key)
+        return 0 if live is None else self._runner.stop_all(live, "cancelled_by_user")
 
     def answer(self, key: SessionKey, question_id: str, reply: Reply, *, by: str) -> Question:
         """Close a question, whichever worker asked it; how it is closed.

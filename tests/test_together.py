@@ -15,11 +15,18 @@ from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.errors import TooManyTurns
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
+from agentao_web.core.names import SessionKey
+from agentao_web.core.observer import Observer
+from agentao_web.core.turn import ENDS
+from agentao_web.core.turn import Outcome
+from agentao_web.core.turn import Turn
 from agentao_web.core.turn import TurnRequest
 from agentao_web.readers import Reader
 from agentao_web.readers import ending
+from agentao_web.readers import poll
 from agentao_web.runner import Stage
 from agentao_web.sessions import Started
+from agentao_web.store import LEFT
 from agentao_web.store import Store
 from agentao_web.store import TurnRow
 from agentao_web.store.memory import MemoryStore
@@ -78,6 +85,11 @@ def crew(stores: cabc.Callable[[], Store]) -> cabc.Iterator[Crew]:
     yield make
     for probe in made:
         probe.pool.drain(grace=2)
+
+
+def one_is_long(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+    """Runs until it is stopped, if that is what it was asked."""
+    (until_stopped if request.message == "one" else say_ok)(agent, request, stage)
 
 
 def final(probe: Probe, started: Started) -> Event:
@@ -227,44 +239,37 @@ def test_a_queue_across_workers_keeps_its_order(crew: Crew) -> None:
 
 def test_a_queued_turn_whose_worker_dies_ends_for_its_readers(crew: Crew) -> None:
     """Also while the turn before it runs on, on a worker that lives."""
-    gate = Gate()
-
-    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
-        if request.message == "one":
-            gate.stand()
-
-    one, two = crew(script, script, worker_lease=4.5)
+    one, two, three = crew(one_is_long, say_ok, say_ok, worker_lease=4.5)
     first = one.start("one")
-    gate.meet()
     second = two.start("two", on_busy="queue")
     die(two)
     two.pool._peers._closed.set()  # It does not look either.
-    gate.opened.set()
-    assert final(one, first).data["status"] == "completed"
-    assert final(one, elsewhere(one, second)).extra["error"]["code"] == "worker_lost"
+    for probe in (one, three):
+        end = polled(probe, second)
+        assert end.extra["error"]["code"] == "worker_lost"
+    assert one.pool.find(one.key()).state() == "running"
+    one.pool.cancel(one.key())
+    assert final(one, first).data["status"] == "cancelled"
     assert one.run("three").data["status"] == "completed"
     users = [m["content"] for m in one.store.history(one.key()).messages if m["role"] == "user"]
     assert users == ["one", "three"]
+    assert_one_end_each(one)
 
 
-def test_a_queued_turn_that_was_taken_over_and_not_ended_is_ended_later(crew: Crew) -> None:
-    """The store stumbled between the two."""
+def test_a_queued_turn_the_store_could_not_end_is_ended_later(crew: Crew) -> None:
+    """The store stumbled when a dead worker's was to be ended."""
     (one,) = crew(say_ok, worker_lease=4.5)
     look = janitor_away(one)
     one.run("first")
     gone = TurnRow("t-of-a-dead-worker", "two", 0, 1.0, "a-dead-worker")
     one.store.enqueue(one.key(), gone, limit=4)
     (orphan,) = one.store.orphans(4.5)
-    good, runner = one.store.finish, one.pool._runner
-
-    def refuse(*args: t.Any) -> t.NoReturn:
-        raise StoreUnavailable
-
-    one.store.finish = refuse  # type: ignore[method-assign]
+    good, runner = one.store.end_queued, one.pool._runner
+    one.store.end_queued = refuse
     with pytest.raises(StoreUnavailable):
         runner.reap(orphan)
     runner.reap_later(orphan)
-    one.store.finish = good  # type: ignore[method-assign]
+    one.store.end_queued = good
     one.pool._peers._looked = 0.0
     look(one.pool.clock())
     assert one.store.active(one.key()) == []
@@ -284,15 +289,311 @@ def test_interrupt_works_across_workers(crew: Crew) -> None:
     assert final(two, second).data["status"] == "completed"
 
 
-def test_a_turn_that_waits_elsewhere_can_be_cancelled(crew: Crew) -> None:
+# -- a queued turn that ends while another worker holds the session -----------------------------
+
+
+def refuse(*args: t.Any, **options: t.Any) -> t.NoReturn:
+    raise StoreUnavailable
+
+
+def polled(probe: Probe, started: Started) -> Event:
+    """The end of a turn for a client that polls; it is not told before that nothing runs."""
+    cursor, until = started.cursor, probe.pool.clock() + PATIENCE
+    while probe.pool.clock() < until:
+        live = probe.pool.find(probe.key())
+        probe.pool.read_here(live)
+        reader = Reader(live, probe.store, cursor, entered=probe.pool.reader_came)
+        found = poll(reader, wait=1.0, limit=100, max_bytes=10**6)
+        state, cursor = live.state(), reader.cursor or 0
+        for event in found:
+            if event.turn_id == started.turn_id and event.type in ENDS:
+                assert event.seq is not None
+                return event
+        assert state != "idle" or not reader.caught_up, "idle, and its end was not told"
+    raise AssertionError("its end was never told")
+
+
+def assert_one_end_each(probe: Probe) -> None:
+    ends = [event.turn_id for event in probe.log() if event.type in ENDS]
+    assert len(ends) == len(set(ends)), "a turn ended twice"
+    numbers = [event.seq for event in probe.log()]
+    assert numbers == sorted(set(numbers))
+
+
+def by_drain(probe: Probe, started: Started) -> None:
+    probe.pool.drain(grace=2)
+
+
+def by_stop(probe: Probe, started: Started) -> None:
+    probe.pool._runner.stop(started.live, t.cast(t.Any, started.turn), "cancelled_by_user")
+
+
+def by_leaving(probe: Probe, started: Started) -> None:
+    with Reader(started.live, probe.store, started.cursor, turn=started.turn) as reader:
+        reader.left = True
+    probe.pool.tick(probe.pool.clock() + 100)
+
+
+ENDINGS = {
+    "server_shutdown": by_drain,
+    "cancelled_by_user": by_stop,
+    "client_gone": by_leaving,
+}
+
+
+@pytest.mark.parametrize("reason", ENDINGS)
+@pytest.mark.parametrize("on_busy", ["queue", "interrupt"])
+def test_a_queued_turn_that_ends_while_another_worker_runs_is_told_in_the_log(
+    crew: Crew, reason: str, on_busy: t.Any
+) -> None:
+    def stubborn(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        if request.message == "one":
+            gate.stand()
+
+    gate = Gate()
+    one, two, three = crew(stubborn, say_ok, say_ok, worker_lease=60.0)
+    first = one.start("one")
+    gate.meet()
+    second = two.start("two", on_busy=on_busy, on_disconnect="cancel")
+    ENDINGS[reason](two, second)
+    for probe in (one, three):
+        end = polled(probe, second)
+        assert (end.type, end.data["status"], end.data["reason"]) == ("done", "cancelled", reason)
+    assert one.store.ended(one.key(), second.turn_id).final == end
+    assert [a.message for a in one.store.active(one.key())] == ["one"], "it runs on"
+    gate.opened.set()
+    final(one, first)
+    assert three.run("three").data["status"] == "completed"
+    assert_one_end_each(one)
+    page = one.store.transcript(one.key(), before=None, after=None, limit=100).messages
+    assert [e["content"] for e in page if e["role"] == "user"] == ["one", "three"]
+
+
+def test_who_reads_a_queued_turn_where_it_waited_is_told_once(crew: Crew) -> None:
+    """By the event in the log, which is another worker's."""
     one, two = crew(until_stopped, say_ok)
     first = one.start("one")
     second = two.start("two", on_busy="queue")
-    two.pool._runner.stop(second.live, t.cast(t.Any, second.turn), "cancelled_by_user")
-    assert final(two, second).data["reason"] == "cancelled_by_user"
-    assert [a.message for a in one.store.active(one.key())] == ["one"]
+    by_stop(two, second)
+    end = final(two, second)
+    assert end.data["reason"] == "cancelled_by_user"
+    assert end == next(e for e in one.log() if e.type == "done")
     one.pool.cancel(one.key())
     final(one, first)
+
+
+def test_who_reads_a_queued_turn_is_told_also_if_nobody_writes_its_end(crew: Crew) -> None:
+    """The worker that holds the session may be hung, or of a version that knows nothing of this."""
+    one, two = crew(until_stopped, say_ok)
+    first = one.start("one")
+    one.pool._runner.write_endings = lambda key: True  # type: ignore[method-assign]
+    second = two.start("two", on_busy="queue")
+    by_stop(two, second)
+    end = final(two, second)
+    assert (end.seq, end.data["reason"]) == (None, "cancelled_by_user")
+    assert two.pool.find(two.key()).state() == "running"
+    one.pool.cancel(one.key())
+    final(one, first)
+    assert polled(two, second).data["reason"] == "cancelled_by_user"
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_cancel_anywhere_ends_every_turn_in_the_log(crew: Crew, at: int) -> None:
+    probes = crew(until_stopped, say_ok, say_ok, max_queue=9)
+    for n in range(5):
+        started = [probes[0].start(f"{n} one")]
+        started.append(probes[1].start(f"{n} two", on_busy="queue"))
+        started.append(probes[0].start(f"{n} three", on_busy="queue"))
+        started.append(probes[1].start(f"{n} four", on_busy="queue"))
+        assert probes[at].pool.cancel(probes[at].key()) == 4
+        for one in started:
+            for probe in probes:
+                assert polled(probe, one).data["reason"] == "cancelled_by_user"
+    assert_one_end_each(probes[0])
+
+
+def test_a_signal_that_is_lost_costs_a_moment_only(crew: Crew) -> None:
+    """It may come while the claim is on its way; the janitor looks at the rows."""
+    one, two = crew(until_stopped, say_ok, worker_lease=4.5)
+    first = one.start("one")
+    good = one.store.signals
+    one.store.signals = lambda worker: [s for s in good(worker) if s.reason != LEFT]
+    second = two.start("two", on_busy="queue")
+    by_stop(two, second)
+    assert polled(two, second).data["reason"] == "cancelled_by_user"
+    assert one.store.session(one.key()).turn_id == first.turn_id
+    one.store.signals = good
+    one.pool.cancel(one.key())
+    final(one, first)
+    assert_one_end_each(one)
+
+
+def test_one_behind_a_turn_that_waits_elsewhere_ends_at_once(crew: Crew) -> None:
+    one, two = crew(until_stopped, say_ok)
+    first = one.start("one")
+    second = two.start("two", on_busy="queue")
+    third = two.start("three", on_busy="queue")
+    by_stop(two, third)
+    assert polled(one, third).data["reason"] == "cancelled_by_user"
+    assert final(two, third).seq is not None
+    assert two.pool.counts() == {"sessions": 1, "turns": 1, "slots": 0, "given_up": 0}
+    one.pool.cancel(one.key())
+    final(one, first)
+    assert final(two, second).data["reason"] == "cancelled_by_user"
+    assert_one_end_each(one)
+
+
+def test_one_in_line_for_a_place_ends_in_the_log(crew: Crew) -> None:
+    one, two = crew(until_stopped, say_ok, max_turns=1)
+    busy = one.start("busy", "other")
+    waiting = one.start("one", on_busy="queue")
+    one.pool._runner.stop(waiting.live, t.cast(t.Any, waiting.turn), "cancelled_by_user")
+    end = polled(two, waiting)
+    assert (end.data["reason"], final(one, waiting)) == ("cancelled_by_user", end)
+    one.pool.cancel(one.key("other"))
+    final(one, busy)
+    one.agents.script = say_ok
+    assert one.run("after").data["status"] == "completed"
+    assert [e.type for e in one.log()] == ["done", "turn_begin", "llm_text", "done"]
+
+
+def test_what_a_dead_worker_should_have_written_is_written_by_others(crew: Crew) -> None:
+    gate = Gate()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        gate.stand()
+
+    one, two = crew(script, say_ok, worker_lease=4.5)
+    first = one.start("one")
+    gate.meet()
+    die(one)
+    one.pool._peers._closed.set()
+    second = two.start("two", on_busy="queue")
+    by_stop(two, second)
+    assert polled(two, second).data["reason"] == "cancelled_by_user"
+    assert polled(two, first).extra["error"]["code"] == "worker_lost"
+    assert_one_end_each(two)
+    gate.opened.set()
+    final(one, first)
+
+
+def test_a_queued_turn_ends_in_the_log_when_the_store_is_back(crew: Crew) -> None:
+    one, two = crew(until_stopped, say_ok)
+    first = one.start("one")
+    second = two.start("two", on_busy="queue")
+    good, two.store.end_queued = two.store.end_queued, refuse
+    by_stop(two, second)
+    assert final(two, second).seq is None
+    two.store.end_queued = good
+    assert polled(one, second).data["reason"] == "cancelled_by_user"
+    one.pool.cancel(one.key())
+    final(one, first)
+    assert_one_end_each(one)
+
+
+def test_a_queued_turn_whose_answer_was_lost_keeps_nobody_waiting(crew: Crew) -> None:
+    one, two = crew(one_is_long, say_ok)
+    first = one.start("one")
+    good = two.store.enqueue
+
+    def enqueue(*args: t.Any, **options: t.Any) -> t.NoReturn:
+        good(*args, **options)
+        raise StoreUnavailable
+
+    two.store.enqueue = enqueue
+    with pytest.raises(StoreUnavailable):
+        two.start("two", on_busy="queue")
+    two.store.enqueue = good
+    third = two.start("three", on_busy="queue")
+    one.pool.cancel(one.key())
+    final(one, first)
+    assert final(two, third).data["reason"] == "cancelled_by_user"
+    until = two.pool.clock() + PATIENCE
+    while one.store.active(one.key()):
+        assert two.pool.clock() < until, "the session is blocked"
+        threading.Event().wait(0.02)
+    assert one.run("four").data["status"] == "completed"
+    assert_one_end_each(one)
+
+
+def test_a_turn_stopped_on_its_way_into_the_queue_ends_once(crew: Crew) -> None:
+    one, two = crew(until_stopped, say_ok)
+    first = one.start("one")
+    good = one.store.enqueue
+
+    def enqueue(key: t.Any, row: TurnRow, **options: t.Any) -> t.Any:
+        for turn in first.live.turns():
+            if turn.turn.id == row.id:
+                one.pool._runner.stop(first.live, turn, "client_gone")
+        return good(key, row, **options)
+
+    one.store.enqueue = enqueue
+    second = one.start("two", on_busy="queue")
+    end = final(one, second)
+    assert (end.data["reason"], end.seq is None) == ("client_gone", False)
+    assert polled(two, second) == end
+    assert [turn.message for turn in two.store.active(two.key())] == ["one"]
+    one.pool.cancel(one.key())
+    final(one, first)
+    assert_one_end_each(one)
+
+
+def test_a_repeated_request_is_told_how_its_queued_turn_ended(crew: Crew) -> None:
+    one, two = crew(until_stopped, say_ok)
+    first = one.start("one")
+    key = ("k", "b" * 64)
+    second = two.start("two", on_busy="queue", use=key)
+    by_stop(two, second)
+    for probe in (one, two):
+        again = probe.start("two", on_busy="queue", use=key)
+        assert again.turn_id == second.turn_id
+        assert final(probe, again).data["reason"] == "cancelled_by_user"
+    again = one.start("two", on_busy="queue", use=key)
+    assert (again.status, final(one, again).seq is None) == ("cancelled", False)
+    third = one.start("three", on_busy="queue", use=("other", "c" * 64))
+    one.pool._runner.stop(third.live, t.cast(t.Any, third.turn), "client_gone")
+    assert polled(two, third).data["reason"] == "client_gone"
+    again = two.start("three", on_busy="queue", use=("other", "c" * 64))
+    assert (again.status, final(two, again).data["reason"]) == ("cancelled", "client_gone")
+    one.pool.cancel(one.key())
+    final(one, first)
+
+
+def test_a_queued_turn_is_counted_once_where_it_was_stopped(crew: Crew) -> None:
+    counted: list[tuple[str, str | None]] = []
+
+    class Counter(Observer):
+        def ended(self, key: SessionKey, turn: Turn, outcome: Outcome, now: float) -> None:
+            counted.append((turn.id, outcome.reason))
+
+        def reaped(self, key: SessionKey, turn_id: str) -> None:
+            counted.append((turn_id, "reaped"))
+
+    one, two = crew(until_stopped, say_ok, observer=Counter())
+    first = one.start("one")
+    second = two.start("two", on_busy="queue")
+    by_stop(two, second)
+    polled(one, second)
+    one.pool.cancel(one.key())
+    polled(two, first)
+    final(one, first)
+    assert sorted(counted) == sorted(
+        [(first.turn_id, "cancelled_by_user"), (second.turn_id, "cancelled_by_user")]
+    )
+
+
+def test_a_delete_forgets_what_left_the_queue(crew: Crew) -> None:
+    one, two, three = crew(until_stopped, say_ok, say_ok)
+    started = one.start("one")
+    second = two.start("two", on_busy="queue")
+    third = two.start("three", on_busy="queue")
+    by_stop(two, third)
+    assert three.pool.delete(three.key(), timeout=PATIENCE)
+    last = final(two, second)
+    assert (last.seq, last.data["reason"]) == (None, "session_deleted")
+    assert final(one, started).data["reason"] == "session_deleted"
+    assert one.store.session(one.key()) is None
+    assert three.run("new life").data["status"] == "completed"
 
 
 def test_delete_works_from_any_worker(crew: Crew) -> None:

@@ -634,7 +634,6 @@ def test_no_statement_of_a_turn_reads_a_whole_table(folder: Path, open_store: Op
             held = claim(store, f"t{n}", use=USE if n == 0 else None)
             enqueue(store, f"q{n}")
             store.end_queued(KEY, f"q{n}", Draft("done", {}), 1.0)
-            store.orphans(9.0)
             store.append(held, [text(held, i, "x" * 300) for i in range(2, 20)])
             store.finish(held, ending(held, 20))
             log(store, held.head)
