@@ -249,6 +249,100 @@ def test_what_one_worker_runs_each_may_read_stop_follow_and_answer(
                 assert desk.call("GET", f"/session/{sid}").status_code == 404
 
 
+def end_of(client: Client | Desk, turn: dict[str, t.Any]) -> dict[str, t.Any]:
+    """The only end of a turn for a client that polls; it is not told before that nothing runs."""
+    ask = client.request if isinstance(client, Client) else client.call
+    sid, cursor, until = turn["session_id"], turn["cursor"], time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        try:
+            response = ask("GET", f"/chat/{sid}/events?after={cursor}&wait=2")
+        except httpx.TransportError:
+            continue  # That worker is just leaving.
+        if response.status_code != 200:
+            continue
+        page = response.json()
+        cursor = page["cursor"]
+        ends = [e for e in page["events"] if e["type"] in ("done", "error")]
+        mine = [e for e in ends if e["turn_id"] == turn["turn_id"]]
+        if mine:
+            assert len(mine) == 1 and mine[0]["seq"] is not None
+            return t.cast(dict[str, t.Any], mine[0])
+        assert page["state"] != "idle" or page["events"], "idle, and its end was not told"
+    raise AssertionError("its end was never told")
+
+
+def one_end_each(client: Client, sid: str, turns: cabc.Iterable[dict[str, t.Any]]) -> None:
+    events = [e for e in client.read(sid) if e["type"] in ("done", "error")]
+    assert sorted(e["turn_id"] for e in events) == sorted(turn["turn_id"] for turn in turns)
+
+
+def gone(server: Server, at: Desk, sid: str) -> dict[str, t.Any]:
+    """A turn that waits at that desk's worker, whose client streams it, and hangs up."""
+    made: list[Desk] = []
+
+    def complete() -> bool:
+        made.append(Desk(server))
+        return made[-1].pid == at.pid
+
+    eventually(complete, "no connection to that worker")
+    body = {"message": "say later", "on_busy": "queue"}
+    headers = {"Accept": "text/event-stream"}
+    with made[-1]._client.stream("POST", f"/chat/{sid}", json=body, headers=headers) as response:
+        assert response.status_code == 200
+        queued = at.call("GET", f"/session/{sid}").json()["queued"][0]
+    for desk in made:
+        desk.close()
+    return {"session_id": sid, "turn_id": queued["turn_id"], "cursor": queued["cursor"]}
+
+
+def test_a_queued_turn_that_ends_is_told_whoever_holds_the_session(
+    tmp_path: Path, model: ModelServer
+) -> None:
+    """Its worker may not write to the log: the one that holds the session does."""
+    env = model_env(model, AGENTAO_DISCONNECT_GRACE="0.2", AGENTAO_DRAIN_GRACE="3")
+    with (
+        Server(tmp_path, "--workers", "2", **env) as server,
+        desk_at_every_worker(server, 2) as (here, there),
+    ):
+        client = Client(server)
+        # Its client goes, while the other turn runs on.
+        first = here.begin("left", "hang_after some words")
+        here.until("left", first["cursor"], first["turn_id"], "llm_text")
+        second = gone(server, there, "left")
+        for desk in (here, there):
+            assert end_of(desk, second)["data"]["reason"] == "client_gone"
+        running = here.call("GET", "/session/left").json()
+        assert (running["turn"]["turn_id"], running["queued"]) == (first["turn_id"], [])
+        # Both are cancelled, by either worker.
+        for n, desk in enumerate((here, there)):
+            both = [here.begin(f"c{n}", "hang_after some words")]
+            both.append(there.begin(f"c{n}", "hang_after more", on_busy="queue"))
+            assert desk.call("POST", f"/chat/c{n}/cancel").json()["cancelled"] == 2
+            for turn in both:
+                for reader in (here, there):
+                    assert end_of(reader, turn)["data"]["reason"] == "cancelled_by_user"
+            one_end_each(client, f"c{n}", both)
+        # The session is deleted.
+        here.begin("d", "hang_after some words")
+        there.begin("d", "say later", on_busy="queue")
+        assert here.call("DELETE", "/session/d").json() == {"ok": True}
+        for desk in (here, there):
+            assert desk.call("GET", "/session/d").status_code == 404
+        # Its worker leaves, while the other turn runs on.
+        first = here.begin("s", "hang_after some words")
+        here.until("s", first["cursor"], first["turn_id"], "llm_text")
+        second = there.begin("s", "hang_after more", on_busy="queue")
+        server.signal(signal.SIGTERM, there.pid)
+        assert end_of(here, second)["data"]["reason"] == "server_shutdown"
+        # All of them do.
+        eventually(lambda: len(server.workers()) == 2, "no new worker comes")
+        third = client.begin("s", "say at last", on_busy="queue")
+        server.signal(signal.SIGHUP)
+        assert end_of(client, first)["type"] == "done"
+        assert end_of(client, third)["data"]["reason"] in (None, "server_shutdown")
+        one_end_each(client, "s", [first, second, third])
+
+
 def test_a_restart_forgets_nothing(tmp_path: Path, model: ModelServer) -> None:
     with Server(tmp_path, **model_env(model)) as server:
         client = Client(server)
