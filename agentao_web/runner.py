@@ -429,15 +429,14 @@ class Runner:
             )
             return None
 
-    def write_endings(self, key: SessionKey) -> bool:
-        """Write how turns that were queued at other workers ended; False if others are to do it."""
+    def write_endings(self, key: SessionKey) -> None:
+        """Write how turns that were queued elsewhere ended, if we hold the session."""
         live = self._books.holder(key)
         if live is None:
-            return False
+            return
         for turn in self._store.active(key):
             if turn.ending is not None and live.end_elsewhere(turn.id, turn.ending):
                 self.writer.note(live, urgent=True)
-        return True
 
     def give_up(self, live: Live, turn: LiveTurn) -> int:
         """*turn* does not end: close its log, retire its agent, count its thread.
@@ -503,7 +502,16 @@ class Runner:
         left = self._store.end_queued(orphan.key, orphan.turn_id, ending, self._clock())
         if left is not None and left.unwritten:
             self.write_endings(orphan.key)
-        return left is not None and left.first and orphan.ending is None
+        ended = left is not None and left.first and orphan.ending is None
+        if ended:
+            self._closed(orphan, code)
+        return ended
+
+    def _closed(self, orphan: Orphan, code: str) -> None:
+        told = trail.of(orphan.key, orphan.turn_id)
+        self._log.warning(
+            "turn %s was left open, and is closed: %s", orphan.turn_id, code, extra=told
+        )
 
     def _close(self, orphan: Orphan, code: str) -> bool:
         claim = self._store.take_over(orphan, self.worker)
@@ -529,10 +537,7 @@ class Runner:
         entries = transcript.closed(outcome.status.value) if transcript.entries else []
         appended = self._note(message, transcript) if message else []
         self._store.finish(claim, Finish(events, outcome, entries, appended, False, now))
-        told = trail.of(orphan.key, orphan.turn_id)
-        self._log.warning(
-            "turn %s was left open, and is closed: %s", orphan.turn_id, code, extra=told
-        )
+        self._closed(orphan, code)
         for question in questions:
             if question.by == LOST:
                 record(orphan.key, orphan.turn_id, question)

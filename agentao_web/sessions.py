@@ -478,14 +478,24 @@ class SessionPool:
     def cancel(self, key: SessionKey) -> int:
         """Stop the running turn and end the queued ones; how many that were."""
         self._wake_up()
+        # One that waits elsewhere would begin when ours ends: it has to be told before. If none
+        # waits, ours need not wait for the store.
+        mine = 0 if self._is_queued(key) else self._cancel_ours(key)
         try:
-            # Before ours ends: one that waits for it elsewhere would begin.
             theirs = self.store.signal(key, "cancelled_by_user", but=self._runner.worker)
-            return theirs + self._cancel_ours(key)
+            return mine + theirs + self._cancel_ours(key)
         except StoreUnavailable:
-            if mine := self._cancel_ours(key):
-                return mine
-            raise
+            mine += self._cancel_ours(key)
+            if not mine:
+                raise
+            return mine
+
+    def _is_queued(self, key: SessionKey) -> bool:
+        try:
+            row = self.store.session(key)
+        except StoreUnavailable:
+            return False
+        return row is not None and row.queued
 
     def _cancel_ours(self, key: SessionKey) -> int:
         live = self.peek(key)

@@ -55,8 +55,6 @@ class Soaker(Talker):
         self.random = random.Random(number)
         self.number = number
         self.session = 0
-        self.calm = False
-        """Whether nobody touches the workers now."""
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.answered = 0
         self.left = 0
@@ -69,11 +67,7 @@ class Soaker(Talker):
 
     def act(self) -> None:
         """One turn of some kind, and what must be true of it."""
-        acts = [self.listen, self.ask, self.write, self.cancel, self.leave]
-        if self.calm:
-            # A queued turn that a reload stops while another worker holds the session has no end
-            # in the log yet: docs/protocol.md says so.
-            acts.append(self.overtake)
+        acts = [self.listen, self.ask, self.write, self.cancel, self.leave, self.overtake]
         self.random.choice(acts)()
         if len(self.ends) >= _TURNS:
             self.renew()
@@ -271,8 +265,6 @@ class Soak:
         eventually(lambda: self._over.is_set() or condition(), "the workers are not replaced")
 
     def _calm(self, seconds: float) -> dict[int, tuple[Sizes, Sizes]]:
-        for client in self.clients:
-            client.calm = True
         self._over.wait(seconds * _WARM)
         if self._over.is_set():
             return {}

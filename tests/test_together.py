@@ -386,7 +386,7 @@ def test_who_reads_a_queued_turn_is_told_also_if_nobody_writes_its_end(crew: Cre
     """The worker that holds the session may be hung, or of a version that knows nothing of this."""
     one, two = crew(until_stopped, say_ok)
     first = one.start("one")
-    one.pool._runner.write_endings = lambda key: True  # type: ignore[method-assign]
+    one.pool._runner.write_endings = lambda key: None  # type: ignore[method-assign]
     second = two.start("two", on_busy="queue")
     by_stop(two, second)
     end = final(two, second)
