@@ -1,0 +1,192 @@
+"""One request at a time: who asks, how long to wait, and what a refusal means."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import contextlib
+import json
+import logging
+import random
+import time
+import typing as t
+
+import httpx
+
+from agentao_web.client.errors import ApiError
+from agentao_web.client.errors import ClientError
+from agentao_web.client.errors import ConnectionLost
+from agentao_web.client.errors import NotOurs
+from agentao_web.client.errors import passes
+from agentao_web.client.errors import refusal
+
+JSON: t.Final = "application/json"
+SSE: t.Final = "text/event-stream"
+Token = str | cabc.Callable[[], str]
+
+#: The first and the longest pause before trying again, in seconds.
+_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
+_log = logging.getLogger("agentao_web.client")
+
+
+class Patience:
+    """How long nothing may get through before it is given up."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.reset()
+
+    def reset(self) -> None:
+        """Something got through."""
+        self._until = time.monotonic() + self._seconds
+        self._failures = 0
+
+    def pause(self, cause: Exception, hint: float | None = None) -> None:
+        """Wait before trying again, *hint* seconds if the server said so.
+
+        Raises *cause*, or ConnectionLost because of it, when there is no time left for that.
+        """
+        wait = min(_LONGEST_PAUSE, _PAUSE * 2**self._failures) * random.uniform(0.5, 1)
+        wait = wait if hint is None else hint
+        self._failures = min(self._failures + 1, 10)
+        if time.monotonic() + wait > self._until:
+            if isinstance(cause, ClientError):
+                raise cause
+            raise ConnectionLost(
+                f"nothing got through for {self._seconds:g} seconds; the last attempt: {_words(cause)}. "
+                "Is the server running, and the URL right?"
+            ) from cause
+        _log.info("trying again in %.1f s: %s", wait, _words(cause))
+        time.sleep(wait)
+
+
+def _words(cause: Exception) -> str:
+    return str(cause) or type(cause).__name__
+
+
+class Api:
+    """A server's routes, with the credentials and the deadlines of one client."""
+
+    def __init__(
+        self,
+        base_url: str,
+        http: httpx.Client,
+        *,
+        token: Token | None,
+        headers: cabc.Mapping[str, str],
+        cookies: cabc.Mapping[str, str],
+        timeout: float,
+        silence: float,
+        patience: float,
+    ) -> None:
+        url = httpx.URL(base_url)
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError(f"{base_url!r} is no http:// or https:// address of a server")
+        self._base = str(url).rstrip("/")
+        self._http = http
+        self._token = token
+        self._bearer = token if isinstance(token, str) else None
+        self._headers = dict(headers)
+        if token is None:
+            # A login by cookies: no page of another site sends this.
+            self._headers.setdefault("Sec-Fetch-Site", "same-origin")
+        self._cookies = dict(cookies)
+        self.timeout = timeout
+        self.silence = silence
+        self.patience = patience
+
+    def call(self, method: str, path: str, **request: t.Any) -> dict[str, t.Any]:
+        """The JSON object this harmless-twice request is answered with; tried again over drops."""
+        patience = Patience(self.patience)
+        while True:
+            try:
+                return self.once(method, path, **request)[1]
+            except httpx.RequestError as exc:
+                patience.pause(exc)
+            except ApiError as exc:
+                if not passes(exc):
+                    raise
+                patience.pause(exc, exc.retry_after)
+
+    def once(self, method: str, path: str, **request: t.Any) -> tuple[int, dict[str, t.Any]]:
+        """The status and the JSON object of one attempt."""
+        with self.open(method, path, accept=JSON, **request) as response:
+            response.read()
+            return response.status_code, as_object(response)
+
+    @contextlib.contextmanager
+    def open(
+        self,
+        method: str,
+        path: str,
+        *,
+        accept: str,
+        body: t.Any = None,
+        params: cabc.Mapping[str, t.Any] | None = None,
+        headers: cabc.Mapping[str, str] | None = None,
+        wait: float = 0.0,
+    ) -> cabc.Iterator[httpx.Response]:
+        """One attempt: a response that was not refused, its body unread.
+
+        Raises ApiError for a refusal, and httpx.RequestError if it broke. *wait* is how long the
+        server may take on purpose. *body* is JSON, or its bytes.
+        """
+        sent = {"Accept": accept, **self._headers, **(headers or {})}
+        content = None
+        if body is not None:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            sent["Content-Type"] = JSON
+        if accept == SSE:
+            # What is compressed is held back until there is enough of it.
+            sent["Accept-Encoding"] = "identity"
+        asked = {k: v for k, v in (params or {}).items() if v is not None}
+        limits = httpx.Timeout(self.timeout, read=self.timeout + wait, write=max(30, self.timeout))
+        while True:
+            bearer = self._bearer or self._fresh()
+            if bearer is not None:
+                sent["Authorization"] = f"Bearer {bearer}"
+            request = self._http.build_request(
+                method,
+                self._base + path,
+                params=asked,
+                content=content,
+                headers=sent,
+                cookies=self._cookies,
+                timeout=limits,
+            )
+            response = self._http.send(request, stream=True, follow_redirects=False)
+            try:
+                if response.status_code == 401 and self._renew(bearer):
+                    continue
+                if not response.is_success:
+                    response.read()
+                    raise refusal(response)
+                if accept == SSE:
+                    # From here on it may be silent, but for the server's keep-alive comments.
+                    request.extensions["timeout"]["read"] = self.silence
+                yield response
+                return
+            finally:
+                response.close()
+
+    def _fresh(self) -> str | None:
+        if callable(self._token):
+            self._bearer = self._token()
+        return self._bearer
+
+    def _renew(self, refused: str | None) -> bool:
+        """Whether there is another token than the one that was *refused*."""
+        return callable(self._token) and self._fresh() != refused
+
+
+def as_object(response: httpx.Response) -> dict[str, t.Any]:
+    """The JSON object of a success, read to its end."""
+    kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if kind != JSON:
+        raise NotOurs(response.status_code, "http_error", f"The answer is {kind or 'no JSON'}")
+    try:
+        body = json.loads(response.content)
+    except ValueError:
+        raise httpx.DecodingError("the answer broke off", request=response.request) from None
+    if not isinstance(body, dict):
+        raise NotOurs(response.status_code, "http_error", "The answer is no JSON object")
+    return body
