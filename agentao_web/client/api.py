@@ -52,7 +52,7 @@ class Patience:
             if isinstance(cause, ClientError):
                 raise cause
             raise ConnectionLost(
-                f"nothing got through for {self._seconds:g} seconds; the last attempt: {_words(cause)}. "
+                f"nothing got through for {self._seconds:g} seconds, at last: {_words(cause)}. "
                 "Is the server running, and the URL right?"
             ) from cause
         _log.info("trying again in %.1f s: %s", wait, _words(cause))

@@ -21,7 +21,9 @@ _LOOK = 0.05
 class Fault:
     """What happens to one connection."""
 
-    kind: t.Literal["pass", "cut", "reset", "cut_request", "lose_answer", "mute", "buffer", "slow"]
+    kind: t.Literal[
+        "pass", "cut", "reset", "stall", "cut_request", "lose_answer", "mute", "buffer", "slow"
+    ]
     after: int = 0
     """So many bytes of the answers (of the requests, for ``cut_request``) go through before it."""
 
@@ -103,8 +105,10 @@ class Proxy:
                     continue
                 if not data:
                     return
-                if fault.kind in ("cut", "reset") and told + len(data) > fault.after:
+                if fault.kind in ("cut", "reset", "stall") and told + len(data) > fault.after:
                     client.sendall(data[: fault.after - told])
+                    if fault.kind == "stall":
+                        self._until_closed(client)
                     if fault.kind == "reset":
                         client.setsockopt(
                             socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)

@@ -16,6 +16,7 @@ from tests.client.conftest import log_of
 from tests.client.conftest import merged
 from tests.live.harness import Server
 from tests.live.harness import eventually
+from tests.live.harness import token
 
 pytestmark = pytest.mark.live
 
@@ -235,8 +236,6 @@ def test_the_right_token_is_needed(server: Server, sid: str) -> None:
 
 
 def test_a_token_that_expires_is_asked_for_anew(server: Server, sid: str) -> None:
-    from tests.live.harness import token
-
     made: list[str] = []
 
     def fresh() -> str:
