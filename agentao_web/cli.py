@@ -37,6 +37,7 @@ from agentao_web.extension import open_store
 from agentao_web.store import SessionRow
 from agentao_web.store import Store
 from agentao_web.store.sql import SqlStore
+from agentao_web.terminal import chat
 
 _DAY: t.Final = 86_400
 #: The doctor's own token is good for one visit.
@@ -481,6 +482,7 @@ def _site(
     )
 
 
+main.add_command(chat)
 _doctor(main, _environment, lambda function: function)
 _doctor(flask_group, _application, with_appcontext)
 

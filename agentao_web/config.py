@@ -16,6 +16,8 @@ from agentao_web.core.rules import SHELLS
 from agentao_web.core.rules import Rules
 
 PREFIX: t.Final = "AGENTAO_"
+#: Read by ``agentao-web chat``, and no setting.
+CLIENT_TOKEN: t.Final = "AGENTAO_TOKEN"
 
 
 def _setting(default: t.Any, help_: str, **limits: t.Any) -> t.Any:
@@ -249,7 +251,7 @@ def from_environment(environ: cabc.Mapping[str, str] = os.environ) -> dict[str, 
     for name, value in environ.items():
         if name in names:
             found[name] = value
-        elif name.startswith(PREFIX):
+        elif name.startswith(PREFIX) and name != CLIENT_TOKEN:
             close = difflib.get_close_matches(name, names, 1, cutoff=0.9)
             if close:
                 raise RuntimeError(f"{name} is not a setting. Did you mean {close[0]}?")

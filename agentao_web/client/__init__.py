@@ -20,6 +20,7 @@ from agentao_web.client.errors import Unauthorized
 from agentao_web.client.errors import Unavailable
 from agentao_web.client.events import AskUser
 from agentao_web.client.events import Done
+from agentao_web.client.events import End
 from agentao_web.client.events import Event
 from agentao_web.client.events import Failed
 from agentao_web.client.events import Gap
@@ -46,6 +47,7 @@ __all__ = [
     "ClientError",
     "ConnectionLost",
     "Done",
+    "End",
     "Event",
     "Failed",
     "Forbidden",

@@ -36,6 +36,17 @@ _IMAGES: t.Final = {
 }
 
 
+class Options(t.TypedDict, total=False):
+    """What ``chat`` and ``ask`` take beside the message."""
+
+    images: cabc.Iterable[Image]
+    on_question: OnQuestion | None
+    on_busy: t.Literal["reject", "queue", "interrupt"] | None
+    on_disconnect: t.Literal["cancel", "continue"] | None
+    timeout: float | None
+    idempotency_key: str | None
+
+
 class Client:
     """Speaks to the agentao-web at *base_url*, its ``url_prefix`` included.
 
@@ -98,36 +109,34 @@ class Client:
         self,
         session: str,
         message: str,
-        *,
-        images: cabc.Iterable[Image] = (),
-        on_question: OnQuestion | None = None,
-        on_busy: t.Literal["reject", "queue", "interrupt"] | None = None,
-        on_disconnect: t.Literal["cancel", "continue"] | None = None,
-        timeout: float | None = None,
-        idempotency_key: str | None = None,
+        **options: t.Unpack[Options],
     ) -> Turn:
         """A turn of *session* with this message: iterate it for its events.
 
         *on_question* is given each ``ToolConfirmation`` and ``AskUser``, once, and gives back True,
         False, ``Approve(remember=…)``, a text, several, or None to leave it to somebody else.
-        *images* are bytes, or paths of files.
+        *images* are bytes, or paths of files. *on_busy*, *on_disconnect* and *timeout* are the
+        server's; *idempotency_key* is made anew for each call unless it is given.
         """
+        unknown = options.keys() - Options.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"chat() takes no {', '.join(sorted(unknown))}")
         fields: Json = {"message": message}
-        pictures = [_image(image) for image in images]
+        pictures = [_image(image) for image in options.get("images", ())]
         if pictures:
             fields["images"] = pictures
-        asked = {"on_busy": on_busy, "on_disconnect": on_disconnect, "timeout": timeout}
+        asked = {name: options.get(name) for name in ("on_busy", "on_disconnect", "timeout")}
         fields |= {name: value for name, value in asked.items() if value is not None}
         return Turn(
             self._api,
             self._ways,
             _named(session),
             fields,
-            on_question=on_question,
-            key=idempotency_key,
+            on_question=options.get("on_question"),
+            key=options.get("idempotency_key"),
         )
 
-    def ask(self, session: str, message: str, **options: t.Any) -> Reply:
+    def ask(self, session: str, message: str, **options: t.Unpack[Options]) -> Reply:
         """The whole turn at once, with the options of ``chat``; TurnFailed if it failed.
 
         A turn that was stopped or is incomplete is a reply too: see ``status``, or ``ok``.
