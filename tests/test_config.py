@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from agentao_web.config import CLIENT_TOKEN
 from agentao_web.config import Settings
 from agentao_web.config import from_environment
 from agentao_web.config import rules_per_tenant
@@ -128,3 +129,8 @@ def test_the_shells_are_those_anybody_may_get(tmp_path: Path) -> None:
     file.write_text('[default]\nshell = "unconfined"\n')
     with pytest.raises(RuntimeError, match="AGENTAO_TENANTS.*AGENTAO_SHELL=unconfined"):
         shells(Settings(shell="sandbox", tenants=file))
+
+
+def test_the_token_of_the_command_line_is_no_slip(caplog: pytest.LogCaptureFixture) -> None:
+    assert from_environment({CLIENT_TOKEN: "x", "AGENTAO_ROOT": "r"}) == {"AGENTAO_ROOT": "r"}
+    assert not caplog.records

@@ -78,14 +78,12 @@ class Api:
         silence: float,
         patience: float,
     ) -> None:
-        url = httpx.URL(base_url)
-        if url.scheme not in ("http", "https") or not url.host:
-            raise ValueError(f"{base_url!r} is no http:// or https:// address of a server")
+        url = _address(base_url)
         self._base = str(url).rstrip("/")
         self._http = http
         self._token = token
-        self._bearer = token if isinstance(token, str) else None
-        self._headers = dict(headers)
+        self._bearer = _sendable(token) if isinstance(token, str) else None
+        self._headers = {_sendable(name): _sendable(value) for name, value in headers.items()}
         if token is None:
             # A login by cookies: no page of another site sends this.
             self._headers.setdefault("Sec-Fetch-Site", "same-origin")
@@ -170,12 +168,27 @@ class Api:
 
     def _fresh(self) -> str | None:
         if callable(self._token):
-            self._bearer = self._token()
+            self._bearer = _sendable(self._token())
         return self._bearer
 
     def _renew(self, refused: str | None) -> bool:
         """Whether there is another token than the one that was *refused*."""
         return callable(self._token) and self._fresh() != refused
+
+
+def _address(base_url: str) -> httpx.URL:
+    with contextlib.suppress(httpx.InvalidURL):
+        url = httpx.URL(base_url)
+        if url.scheme in ("http", "https") and url.host:
+            return url
+    raise ValueError(f"{base_url!r} is no http:// or https:// address of a server")
+
+
+def _sendable(text: str) -> str:
+    """*text* as it can stand in a header; ValueError otherwise, and never what it was."""
+    if not (text.isascii() and text.isprintable()):
+        raise ValueError("a token or header may have printable ASCII characters only")
+    return text
 
 
 def as_object(response: httpx.Response) -> dict[str, t.Any]:

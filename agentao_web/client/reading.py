@@ -129,7 +129,7 @@ class Reading:
         self, method: str, path: str, **request: t.Any
     ) -> cabc.Generator[Event, None, None]:
         """The events of a stream, until it ends; NoStream if it does not even begin."""
-        begun = False
+        response = None
         try:
             with self._api.open(method, path, accept=SSE, **request) as response:
                 if response.status_code == 204:
@@ -139,14 +139,13 @@ class Reading:
                 if kind.strip().lower() != SSE:
                     raise NoStream
                 for message in EventSource(response).iter_sse():
-                    begun = True
                     if message.retry is not None:
                         self._hint = min(message.retry / 1000, _LONGEST_HINT)
                     if message.data:
                         yield _decoded(message.data, response)
                         self._ways.came_through()
         except httpx.ReadTimeout:
-            if begun:
+            if response is not None and response.num_bytes_downloaded:
                 raise
             self._silent = True
             raise NoStream from None

@@ -77,10 +77,8 @@ def chat(
     """
     terminal = sys.stdin.isatty()
     talks = message is None and terminal and not as_json
-    if not talks and message in (None, "-"):
-        message = sys.stdin.read()
-    if not talks and not (message or "").strip():
-        raise click.UsageError("there is no message")
+    if not talks:
+        message = _message(message)
     if talks and image:
         raise click.UsageError("--image needs a MESSAGE to go with")
     session = session or f"chat-{secrets.token_hex(4)}"
@@ -118,8 +116,22 @@ def chat(
         ) from None
     except ClientError as exc:
         raise click.ClickException(line(str(exc))) from None
-    except ValueError as exc:
-        raise click.UsageError(line(str(exc))) from None
+    except BrokenPipeError:
+        raise  # Whoever read it has enough; click ends quietly.
+    except (OSError, ValueError) as exc:
+        kind = click.UsageError if isinstance(exc, ValueError) else click.ClickException
+        raise kind(line(str(exc))) from None
+
+
+def _message(given: str | None) -> str:
+    try:
+        message = sys.stdin.read() if given in (None, "-") else given
+        (message or "").encode()
+    except UnicodeError:
+        raise click.UsageError("the message is no UTF-8 text") from None
+    if not message or not message.strip():
+        raise click.UsageError("there is no message")
+    return message
 
 
 def _greet(client: Client, session: str) -> None:

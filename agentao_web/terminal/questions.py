@@ -36,7 +36,8 @@ def _approval(question: ToolConfirmation, read: Read) -> Answer:
     if question.truncated:
         click.echo("  (too long to be shown whole)", err=True)
     if question.description:
-        click.echo(f"  {line(question.description, 200)}", err=True)
+        # The rest is for the model.
+        click.echo(f"  {line(question.description.partition('. ')[0], 100)}", err=True)
     spans = {key: span for key, span in _SPANS.items() if span in question.remember}
     more = {"t": ", [t]his turn", "s": ", this [s]ession"}
     prompt = f"  Run it? [y]es, [n]o{''.join(more[key] for key in spans)}: "

@@ -57,12 +57,17 @@ class Talk:
         self._options = dict(options or {})
         self._screen = Screen()
         self._stopping: threading.Thread | None = None
-        self._ended = threading.Event()
+        self._rests = threading.Event()
+        self._reads = False
 
     # -- one message -------------------------------------------------------------------------------
 
     def once(self, message: str, images: cabc.Sequence[str] = ()) -> int:
         """Have *message* answered; the exit code."""
+        with self._interruptible():
+            return self._send(message, images)
+
+    def _send(self, message: str, images: cabc.Sequence[str] = ()) -> int:
         turn = self._client.chat(
             self._session,
             message,
@@ -74,46 +79,62 @@ class Talk:
 
     def _show(self, events: cabc.Iterable[Event]) -> int:
         code = OK
-        with self._stoppable():
-            for event in events:
-                if self._as_json:
-                    # ASCII only: there is nothing in it that a terminal obeys.
-                    click.echo(json.dumps(event.raw))
-                else:
-                    self._screen.show(event)
-                if isinstance(event, End):
-                    code = _code(event)
+        for event in events:
+            if self._as_json:
+                # ASCII only: there is nothing in it that a terminal obeys.
+                click.echo(json.dumps(event.raw))
+            else:
+                self._screen.show(event)
+            if isinstance(event, End):
+                code = _code(event)
         return code
 
     # -- Ctrl-C ------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _stoppable(self) -> cabc.Iterator[None]:
+    def _interruptible(self) -> cabc.Iterator[None]:
         """Within, Ctrl-C stops the turn, which is then read to its end; a second one leaves."""
-        self._ended.clear()
         before = signal.signal(signal.SIGINT, self._interrupted)
         try:
             yield
         finally:
+            self._rest()
             signal.signal(signal.SIGINT, before)
-            self._ended.set()
-            if self._stopping is not None:
-                self._stopping.join(1)
-            self._stopping = None
 
     def _interrupted(self, *_: object) -> None:
-        if self._stopping is not None:
+        if self._reads or self._stopping is not None:
             raise KeyboardInterrupt
-        # On a thread of its own: this one is in the middle of reading.
-        self._stopping = threading.Thread(target=self._stop, name="agentao-stop", daemon=True)
-        self._stopping.start()
+        self._stop()
 
     def _stop(self) -> None:
+        # On a thread of its own: this one is in the middle of reading, or about to begin.
+        self._stopping = threading.Thread(
+            target=self._cancel, args=(self._rests,), name="agentao-stop", daemon=True
+        )
+        self._stopping.start()
+
+    def _cancel(self, rests: threading.Event) -> None:
         with contextlib.suppress(ClientError):
             for _ in range(_STOPS):
                 # It may be on its way to the server still.
-                if self._client.cancel(self._session) or self._ended.wait(_STOP_PAUSE):
+                if self._client.cancel(self._session) or rests.wait(_STOP_PAUSE):
                     return
+
+    def _rest(self) -> None:
+        """No turn is running: there is nothing to be stopped any more."""
+        self._rests.set()
+        if self._stopping is not None:
+            self._stopping.join(1)
+        self._stopping = None
+        self._rests = threading.Event()
+
+    def _read(self, prompt: str) -> str:
+        """A line of the person's; KeyboardInterrupt for Ctrl-C, EOFError for Ctrl-D."""
+        self._reads = True
+        try:
+            return _line(prompt)
+        finally:
+            self._reads = False
 
     # -- questions ---------------------------------------------------------------------------------
 
@@ -124,29 +145,33 @@ class Talk:
                 self._screen.note("only a person can answer this; the turn is stopped")
                 self._client.cancel(self._session)
             return answer
-        mine = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             _forget_typing()
-            return questions.ask(question, self._screen, _read)
+            return questions.ask(question, self._screen, self._read)
         except EOFError:
             click.echo(err=True)
             return False if question.type == "tool_confirmation" else None
         except KeyboardInterrupt:
             click.echo(err=True)
-            self._interrupted()
+            if self._stopping is not None:
+                raise
+            self._stop()
             return None
-        finally:
-            signal.signal(signal.SIGINT, mine)
 
     # -- a conversation ----------------------------------------------------------------------------
 
     def converse(self) -> int:
         """Read messages and show answers, until the person leaves; the exit code."""
+        with self._interruptible():
+            return self._converse()
+
+    def _converse(self) -> int:
         self._recall()
         interrupted = False
         while True:
+            self._rest()
             try:
-                message = _read("> ")
+                message = self._read("> ")
             except EOFError:
                 click.echo(err=True)
                 return OK
@@ -163,7 +188,7 @@ class Talk:
 
     def _say(self, message: str) -> None:
         try:
-            self.once(message)
+            self._send(message)
         except ClientError as exc:
             self._screen.error(str(exc))
 
@@ -206,7 +231,7 @@ def _print(entry: dict[str, t.Any]) -> None:
         click.secho(f"[{name}] {told} {status}", dim=True, err=True)
 
 
-def _read(prompt: str) -> str:
+def _line(prompt: str) -> str:
     with contextlib.suppress(ImportError):
         # What it does to the line is wanted, here and now only.
         import readline  # noqa: F401

@@ -16,7 +16,7 @@ from tests.live.harness import PATIENCE
 from tests.live.harness import PROJECT
 
 CTRL_C, CTRL_D = "\x03", "\x04"
-_MAIN = "from agentao_web.cli import main; main(prog_name='agentao-web')"
+_MAIN = "from agentao_web.terminal import chat; chat(prog_name='agentao-web chat')"
 PROGRAM = [sys.executable, "-c", _MAIN]
 #: The child takes the terminal for its own, so that Ctrl-C reaches it.
 _TAKE = f"import fcntl, os, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); {_MAIN}"
@@ -37,7 +37,7 @@ class Terminal:
     def __init__(self, *arguments: str, **env: str) -> None:
         self._master, slave = pty.openpty()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _TAKE, "chat", *arguments],
+            [sys.executable, "-c", _TAKE, *arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -91,7 +91,7 @@ class Terminal:
 def run(*arguments: str, input: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     """The same in a script."""
     return subprocess.run(
-        [*PROGRAM, "chat", *arguments],
+        [*PROGRAM, *arguments],
         input=input,
         capture_output=True,
         text=True,

@@ -101,7 +101,7 @@ def test_ctrl_c_stops_the_turn_and_the_next_leaves(
     with Terminal(*where(server, sid)) as terminal:
         terminal.until("\n> ")
         terminal.type("take 60 seconds\n")
-        terminal.until("second")
+        terminal.until("tick")
         terminal.type(CTRL_C)
         terminal.until(r"\(cancelled: cancelled_by_user\)\r\n> ")
         terminal.type("say still here\n")
@@ -111,6 +111,20 @@ def test_ctrl_c_stops_the_turn_and_the_next_leaves(
         terminal.type(CTRL_C)
         assert terminal.end() == 130
     assert client.session(sid)["state"] == "idle"
+
+
+def test_ctrl_c_right_behind_a_message_stops_it_too(server: Server, sid: str) -> None:
+    """It may arrive when nothing is read any more, and the turn has not begun."""
+    with Terminal(*where(server, sid)) as terminal:
+        for _ in range(3):
+            terminal.until("\n> $")
+            terminal.type("take 60 seconds\n")
+            terminal.until("seconds\r\n")
+            terminal.type(CTRL_C)
+            terminal.until(r"\(cancelled: cancelled_by_user\)|Ctrl-C again")
+        terminal.until("\n> $")
+        terminal.type(CTRL_D)
+        assert terminal.end() == 0
 
 
 def test_ctrl_c_at_a_question_stops_the_turn(server: Server, sid: str) -> None:
@@ -126,7 +140,7 @@ def test_ctrl_c_at_a_question_stops_the_turn(server: Server, sid: str) -> None:
 
 def test_two_ctrl_c_leave_a_turn_that_does_not_end(server: Server, sid: str) -> None:
     """The server hangs: the first can do nothing, the second needs nobody."""
-    with Proxy(server.port, [Fault("pass"), Fault("stall", 700)]) as proxy:
+    with Proxy(server.port, [Fault("pass"), Fault("stall", 1200)]) as proxy:
         arguments = ["--url", proxy.url, "--session", sid, "--demo"]
         with Terminal(*arguments, "take 60 seconds") as terminal:
             terminal.until("tick")
@@ -194,8 +208,10 @@ def test_how_it_ends(server: Server, client: Client, sid: str) -> None:
     assert run("--url", server.url, "--session", "a/b", "hi").returncode == 2
     assert run("--url", "example.com", "hi").returncode == 2
     assert run("--header", "oops", "hi").returncode == 2
+    assert run("--token", "no\nsuch", "hi").returncode == 2
+    assert run("--url", "http://[::1", "hi").returncode == 2
     process = subprocess.Popen(
-        [*PROGRAM, "chat", *where(server, sid), "take 60 seconds"],
+        [*PROGRAM, *where(server, sid), "take 60 seconds"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=environ(),
@@ -205,6 +221,27 @@ def test_how_it_ends(server: Server, client: Client, sid: str) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 130
     eventually(lambda: client.session(sid)["state"] == "idle", "the turn is not stopped")
+
+
+def test_an_output_that_cannot_be_written(server: Server, sid: str) -> None:
+    command = [*PROGRAM, *where(server, sid), "count to 30"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environ())
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    with subprocess.Popen(
+        [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ()
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(PATIENCE) == 1 and b"Traceback" not in process.stderr.read()
+
+
+def test_a_message_that_is_no_text(server: Server, sid: str) -> None:
+    done = subprocess.run(
+        [*PROGRAM, *where(server, sid)], input=b"\xff\xfe", capture_output=True, env=environ()
+    )
+    assert done.returncode == 2 and b"no UTF-8" in done.stderr
 
 
 def test_where_nobody_can_be_asked_no_is_the_answer(server: Server, sid: str) -> None:
