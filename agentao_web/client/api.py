@@ -33,11 +33,11 @@ class Patience:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self.reset()
+        self._until = 0.0
+        self._failures = 0
 
     def reset(self) -> None:
         """Something got through."""
-        self._until = time.monotonic() + self._seconds
         self._failures = 0
 
     def pause(self, cause: Exception, hint: float | None = None) -> None:
@@ -45,6 +45,9 @@ class Patience:
 
         Raises *cause*, or ConnectionLost because of it, when there is no time left for that.
         """
+        if not self._failures:
+            # From here on it is counted: a stream may have been quiet, and well, for long before.
+            self._until = time.monotonic() + self._seconds
         wait = min(_LONGEST_PAUSE, _PAUSE * 2**self._failures) * random.uniform(0.5, 1)
         wait = wait if hint is None else hint
         self._failures = min(self._failures + 1, 10)
@@ -105,11 +108,13 @@ class Api:
                     raise
                 patience.pause(exc, exc.retry_after)
 
-    def once(self, method: str, path: str, **request: t.Any) -> tuple[int, dict[str, t.Any]]:
-        """The status and the JSON object of one attempt."""
+    def once(
+        self, method: str, path: str, *, needs: str = "", **request: t.Any
+    ) -> tuple[int, dict[str, t.Any]]:
+        """The status and the JSON object of one attempt, which has the fields it *needs*."""
         with self.open(method, path, accept=JSON, **request) as response:
             response.read()
-            return response.status_code, as_object(response)
+            return response.status_code, as_object(response, needs)
 
     @contextlib.contextmanager
     def open(
@@ -191,8 +196,8 @@ def _sendable(text: str) -> str:
     return text
 
 
-def as_object(response: httpx.Response) -> dict[str, t.Any]:
-    """The JSON object of a success, read to its end."""
+def as_object(response: httpx.Response, needs: str = "") -> dict[str, t.Any]:
+    """The JSON object of a success, read to its end; *needs* are fields of it."""
     kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind != JSON:
         raise NotOurs(response.status_code, "http_error", f"The answer is {kind or 'no JSON'}")
@@ -200,6 +205,6 @@ def as_object(response: httpx.Response) -> dict[str, t.Any]:
         body = json.loads(response.content)
     except ValueError:
         raise httpx.DecodingError("the answer broke off", request=response.request) from None
-    if not isinstance(body, dict):
-        raise NotOurs(response.status_code, "http_error", "The answer is no JSON object")
+    if not isinstance(body, dict) or not body.keys() >= set(needs.split()):
+        raise NotOurs(response.status_code, "http_error", "The answer is no agentao-web's")
     return body

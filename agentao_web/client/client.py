@@ -149,12 +149,15 @@ class Client:
     def answer(self, session: str, question_id: str, answer: Answer) -> str:
         """Answer a question that is open; how that closed it. QuestionClosed if it was before."""
         body = as_answer(question_id, answer)
-        answered = self._api.call("POST", f"/chat/{_named(session)}/answer", body=body)
+        answered = self._api.call(
+            "POST", f"/chat/{_named(session)}/answer", needs="outcome", body=body
+        )
         return str(answered["outcome"])
 
     def cancel(self, session: str) -> int:
         """Stop the running turn and end the queued ones; how many that were."""
-        return int(self._api.call("POST", f"/chat/{_named(session)}/cancel")["cancelled"])
+        path = f"/chat/{_named(session)}/cancel"
+        return int(self._api.call("POST", path, needs="cancelled")["cancelled"])
 
     def events(
         self, session: str, *, after: int | None = None, follow: bool = False
@@ -168,7 +171,9 @@ class Client:
         """Your sessions, last updated first."""
         page: str | None = None
         while True:
-            found = self._api.call("GET", "/sessions", params={"page": page, "limit": 200})
+            found = self._api.call(
+                "GET", "/sessions", needs="sessions", params={"page": page, "limit": 200}
+            )
             yield from found["sessions"]
             page = found.get("next")
             if page is None:
@@ -176,7 +181,7 @@ class Client:
 
     def session(self, session: str) -> Json:
         """A snapshot: state, turns, open questions, cursor, title, usage."""
-        return self._api.call("GET", f"/session/{_named(session)}")
+        return self._api.call("GET", f"/session/{_named(session)}", needs="state cursor")
 
     def messages(
         self, session: str, *, after: int = 0, last: int | None = None
@@ -184,10 +189,12 @@ class Client:
         """The transcript, oldest first: behind the entry *after*, or the *last* ones (200)."""
         path = f"/session/{_named(session)}/messages"
         if last is not None:
-            yield from self._api.call("GET", path, params={"limit": last})["messages"]
+            params = {"limit": last}
+            yield from self._api.call("GET", path, needs="messages", params=params)["messages"]
             return
         while True:
-            found = self._api.call("GET", path, params={"after": after, "limit": 200})
+            params = {"after": after, "limit": 200}
+            found = self._api.call("GET", path, needs="messages more", params=params)
             yield from found["messages"]
             if not found["more"]:
                 return
@@ -196,12 +203,12 @@ class Client:
     def rename(self, session: str, title: str) -> str:
         """Give the session a title; how it reads now."""
         path = f"/session/{_named(session)}"
-        return str(self._api.call("PATCH", path, body={"title": title})["title"])
+        return str(self._api.call("PATCH", path, needs="title", body={"title": title})["title"])
 
     def delete(self, session: str) -> bool:
         """Stop the session's turn and remove it; False if the turn has not stopped yet."""
         path = f"/session/{_named(session)}"
-        return not self._api.call("DELETE", path).get("pending", False)
+        return not self._api.call("DELETE", path, needs="ok").get("pending", False)
 
 
 def _named(session: str) -> str:

@@ -20,6 +20,8 @@ from agentao_web.client.events import event
 
 #: How long a long-poll waits, in seconds.
 _WAIT: t.Final = 20
+#: The pause after a long-poll that brought nothing.
+_EARLY: t.Final = 0.25
 #: So many streams in a row that bring nothing new, and it is polled instead.
 _EMPTY_STREAMS: t.Final = 3
 #: The longest the server's hint when to come back is believed, in seconds.
@@ -69,6 +71,8 @@ class Reading:
         self._wait = 0
         self._hint: float | None = None
         self._idle = False
+        self._alive = False
+        """The last stream brought something, if only that it is still there."""
         self._empty = 0
         self._late: Event | None = None
         """An ending that had to be found out."""
@@ -77,7 +81,7 @@ class Reading:
         """The events from here on, over any drop that is shorter than the client's patience."""
         patience = Patience(self._api.patience)
         while not self.over:
-            self._hint, self._idle = None, False
+            self._hint, self._idle, self._alive = None, False, False
             news = False
             try:
                 with contextlib.closing(self._open(patience)) as source:
@@ -89,6 +93,8 @@ class Reading:
             except NoStream:
                 self._poll_from_now_on()
             except httpx.RequestError as exc:
+                if self._alive:
+                    patience.reset()
                 self._broken(exc, news)
                 patience.pause(exc)
             except ApiError as exc:
@@ -149,20 +155,29 @@ class Reading:
                 raise
             self._silent = True
             raise NoStream from None
+        finally:
+            self._alive = response is not None and response.num_bytes_downloaded > 0
 
     def _poll(self, patience: Patience) -> cabc.Generator[Event, None, None]:
         params = {"after": self.cursor, "wait": self._wait}
         _, page = self._api.once(
-            "GET", f"{self._path}/events", params=params, wait=float(self._wait)
+            "GET",
+            f"{self._path}/events",
+            needs="events cursor state",
+            params=params,
+            wait=float(self._wait),
         )
+        found = [_event(fields) for fields in page["events"]]
         patience.reset()
         if self._silent:
             self._silent = False
             self._ways.held_back()
-        for fields in page.get("events", ()):
-            yield _event(fields)
-        idle = page.get("state") == "idle"
-        self._idle = idle and not page.get("events")
+        yield from found
+        idle = page["state"] == "idle"
+        self._idle = idle and not found
+        if not (found or idle):
+            # A worker that leaves does not wait.
+            self._hint = _EARLY
         self._wait = 0 if idle and not self._follow else self._longest
 
     # -- when it does not go on --------------------------------------------------------------------
@@ -195,7 +210,6 @@ class Reading:
                 self._poll_from_now_on()
                 return
             self._wait = 0
-            patience.reset()
             patience.pause(exc, min(exc.retry_after or 1.0, 1.0))
         elif passes(exc):
             patience.pause(exc, exc.retry_after)

@@ -85,7 +85,7 @@ class Turn(Reading):
 
     def cancel(self) -> int:
         """Stop what the session runs and waits to run; how many turns that were."""
-        return int(self._api.call("POST", f"{self._path}/cancel").get("cancelled", 0))
+        return int(self._api.call("POST", f"{self._path}/cancel", needs="cancelled")["cancelled"])
 
     # -- questions ---------------------------------------------------------------------------------
 
@@ -113,7 +113,9 @@ class Turn(Reading):
 
     def _start(self, patience: Patience) -> cabc.Generator[Event, None, None]:
         """Have the message taken; its events are polled."""
-        status, answer = self._api.once("POST", self._path, body=self._body, headers=self._headers)
+        status, answer = self._api.once(
+            "POST", self._path, needs="turn_id cursor", body=self._body, headers=self._headers
+        )
         patience.reset()
         self.id = str(answer["turn_id"])
         self._status = str(answer.get("status", ""))

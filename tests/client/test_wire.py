@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 import typing as t
 
 import httpx
@@ -109,6 +110,60 @@ def test_wherever_a_stream_breaks_the_rest_follows(
 
     client = client_of(serve, patience=30.0)
     assert [event.raw for event in client.chat("s", "m")] == [e.as_dict() for e in events]
+
+
+def test_a_stream_may_be_quiet_for_longer_than_patience_lasts() -> None:
+    """Patience is for what does not get through; a turn may think for as long as it likes."""
+    events = a_turn(["x"])
+    asked: list[str] = []
+
+    def quiet() -> cabc.Iterator[bytes]:
+        yield native.frames(events[:1])
+        time.sleep(0.6)  # Longer than its patience is the point.
+        yield native.KEEP_ALIVE
+
+    def serve(request: httpx.Request) -> httpx.Response:
+        asked.append(request.method)
+        if len(asked) == 3:
+            return httpx.Response(200, headers=SSE, content=native.frames(events[1:]))
+        return httpx.Response(200, headers=SSE, stream=Pieces(quiet(), httpx.ReadError("cut")))
+
+    assert client_of(serve, patience=0.5).ask("s", "m").text == "x"
+    assert asked == ["POST", "GET", "GET"]
+
+
+def test_what_answers_in_json_but_is_no_server_of_ours_is_not_asked_for_ever() -> None:
+    asked: list[str] = []
+
+    def serve(request: httpx.Request) -> httpx.Response:
+        asked.append(request.method)
+        if request.method == "POST":
+            return httpx.Response(202, json={"turn_id": "t", "cursor": 0})
+        return httpx.Response(200, json={"hello": 1})
+
+    with pytest.raises(api.NotOurs):
+        client_of(serve, stream=False).ask("s", "m")
+    with pytest.raises(api.NotOurs):
+        list(client_of(serve).sessions())
+    with pytest.raises(api.NotOurs):
+        client_of(lambda request: httpx.Response(200, json={})).cancel("s")
+    assert len(asked) == 3
+
+
+def test_polls_that_come_back_at_once_are_not_repeated_at_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A worker that leaves does not wait."""
+    pages = [{"events": [], "cursor": 9, "state": "running"}] * 2
+
+    def serve(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET" and pages:
+            return httpx.Response(200, json=pages.pop())
+        return polled(a_turn(["x"]), request)
+
+    with caplog.at_level(logging.INFO, "agentao_web.client"):
+        assert client_of(serve, stream=False).ask("s", "m").text == "x"
+    assert caplog.text.count("in 0.2 s") == 2
 
 
 def test_a_garbled_event_counts_as_a_cut() -> None:
