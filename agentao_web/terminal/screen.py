@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import typing as t
 import unicodedata
 
@@ -80,6 +79,8 @@ class Screen:
     def __init__(self) -> None:
         self._mid = False
         """The cursor is in the middle of a line."""
+        self._aside = False
+        """That line is on standard error."""
         self._call = ""
         """The call whose line can still be completed."""
         self._spoke = False
@@ -123,31 +124,30 @@ class Screen:
     def fresh_line(self) -> None:
         """Whatever comes next begins a line."""
         if self._mid:
-            click.echo(err=bool(self._call))
-            sys.stdout.flush()
-        self._mid, self._call = False, ""
+            click.echo(err=self._aside)
+        self._mid, self._aside, self._call = False, False, ""
 
     def _say(self, chunk: str) -> None:
         text = clean(chunk)
         if not text:
             return
-        if self._call:
+        if self._aside:
             self.fresh_line()
         click.echo(text, nl=False)
-        self._mid = not text.endswith("\n")
+        self._mid, self._aside = not text.endswith("\n"), False
         self._spoke = True
 
     def _dim(self, text: str) -> None:
-        if self._call:
+        if self._call or not self._aside:
             self.fresh_line()
         click.secho(text, dim=True, nl=False, err=True)
-        self._mid = not text.endswith("\n")
+        self._mid, self._aside = not text.endswith("\n"), True
 
     def _start(self, event: ToolStart) -> None:
         self.fresh_line()
         told = arguments(event.args, _ARGUMENTS)
         click.secho(f"[{visible(event.tool)}] {told} ", dim=True, nl=False, err=True)
-        self._mid, self._call = True, event.call_id
+        self._mid, self._aside, self._call = True, True, event.call_id
 
     def _complete(self, event: ToolComplete) -> None:
         if self._call != event.call_id:
