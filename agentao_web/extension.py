@@ -19,8 +19,11 @@ from agentao_web.agents.factory import Factory
 from agentao_web.agents.tools import ToolsFor
 from agentao_web.auth import Authenticate
 from agentao_web.auth import Revoked
+from agentao_web.auth import Tickets
 from agentao_web.auth import Tokens
 from agentao_web.auth import by_token
+from agentao_web.auth import taking_tickets
+from agentao_web.auth import ticket_keys
 from agentao_web.config import Settings
 from agentao_web.config import from_environment
 from agentao_web.config import rules_per_tenant
@@ -107,9 +110,16 @@ class AgentaoWeb:
             alone=lambda: len(store.tenants(2)) < 2,
             log=log,
         )
+        revoked = Revoked(store.revocations)
+        tokens = Tokens(settings.secret_keys) if settings.secret_keys else None
         app.extensions[_KEY] = views.Parts(
             settings=settings,
-            authenticate=self._authenticate or _by_token(settings, store),
+            authenticate=self._authenticate or _by_token(settings, tokens, revoked),
+            tickets=Tickets(
+                ticket_keys(settings.secret_keys, _keys_of(app), str(settings.root)),
+                tokens=tokens if self._authenticate is None else None,
+                revoked=revoked,
+            ),
             pool=SessionPool(
                 store,
                 agents,
@@ -128,6 +138,7 @@ class AgentaoWeb:
         prefix = url_prefix.rstrip("/")
         app.register_blueprint(views.blueprint(), url_prefix=prefix or None)
         _add_fallbacks(app, prefix)
+        app.wsgi_app = taking_tickets(app.wsgi_app, prefix)  # type: ignore[assignment,method-assign]
         _apps.add(app)
 
 
@@ -179,14 +190,19 @@ def open_store(settings: Settings, observer: Observer | None = None) -> Store:
     return SqlStore(url, max_per_tenant=most, log_bytes=log_bytes, failed=failed)
 
 
-def _by_token(settings: Settings, store: Store) -> Authenticate:
+def _keys_of(app: Flask) -> list[str | bytes]:
+    """The application's own keys, newest first, for one without AGENTAO_SECRET_KEYS."""
+    fallbacks = app.config.get("SECRET_KEY_FALLBACKS") or ()
+    return [app.secret_key, *fallbacks] if app.secret_key else []
+
+
+def _by_token(settings: Settings, tokens: Tokens | None, revoked: Revoked) -> Authenticate:
     if not settings.secret_keys and not settings.demo:
         raise RuntimeError(
             "no AGENTAO_SECRET_KEYS: set it to a random text of 16 characters or more, pass "
             "authenticate= to use the application's own login, or set AGENTAO_DEMO=1"
         )
-    tokens = Tokens(settings.secret_keys) if settings.secret_keys else None
-    return by_token(tokens, demo=settings.demo, revoked=Revoked(store.revocations))
+    return by_token(tokens, demo=settings.demo, revoked=revoked)
 
 
 def _add_fallbacks(app: Flask, prefix: str) -> None:

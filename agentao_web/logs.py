@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import re
 import typing as t
 
 from agentao_web.core import trail
@@ -42,6 +43,19 @@ class _Ids(logging.Filter):
 
 
 _IDS: t.Final = _Ids()
+
+
+#: An address of events with a query, which may hold a ticket.
+_QUERY: t.Final = re.compile(r"(/events)\?[^\s\"']*")
+
+
+class NoQueries(logging.Filter):
+    """For a server's own lines about requests: events' addresses lose their queries."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if _QUERY.search(line := record.getMessage()):
+            record.msg, record.args = _QUERY.sub(r"\1", line), ()
+        return True
 
 
 def mark() -> None:

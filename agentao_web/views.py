@@ -27,8 +27,10 @@ from werkzeug.exceptions import default_exceptions
 from werkzeug.routing import Rule
 
 from agentao_web.auth import Authenticate
+from agentao_web.auth import Tickets
 from agentao_web.auth import bearer
 from agentao_web.auth import identify
+from agentao_web.auth import ticket
 from agentao_web.config import Settings
 from agentao_web.core import trail
 from agentao_web.core.errors import Forbidden
@@ -92,6 +94,7 @@ class Parts:
 
     settings: Settings
     authenticate: Authenticate
+    tickets: Tickets
     pool: SessionPool
     watcher: Watcher
     slots: StreamSlots = dataclasses.field(default_factory=StreamSlots)
@@ -151,7 +154,7 @@ def _guarded(entry: openapi.Route) -> View:
             sock.settimeout(parts.settings.send_timeout)
         if entry.public or entry.scheme == "metrics":
             return entry.view(parts)
-        principal = identify(request, parts.authenticate)
+        principal = _by_ticket(parts, entry, arguments) or identify(request, parts.authenticate)
         if "X-Agentao-Doctor" in request.headers:
             after_this_request(functools.partial(_name_worker, parts))
         trail.enter(tenant=principal.tenant, user=principal.user)
@@ -162,6 +165,17 @@ def _guarded(entry: openapi.Route) -> View:
         return entry.view(parts, key)
 
     return view
+
+
+def _by_ticket(parts: Parts, entry: openapi.Route, arguments: dict[str, str]) -> Principal | None:
+    """Who the ticket of this request stands for; None where there is none, or none is taken."""
+    given = ticket(request)
+    if given is None or not entry.ticket or request.method != "GET":
+        return None
+    principal = parts.tickets.read(given, arguments["sid"])
+    if principal is None:
+        raise Unauthorized("the ticket is for another session, or its time is over; get a new one")
+    return principal
 
 
 def _name_worker(parts: Parts, response: Response) -> Response:
@@ -253,6 +267,7 @@ def answer(parts: Parts, key: SessionKey) -> Response:
     responses={200: "stream:EventPage", 204: ""},
     errors=(400, 401, 404, 406, 503),
     headers=("Last-Event-ID",),
+    ticket=True,
 )
 def events(parts: Parts, key: SessionKey) -> Response:
     query = request.args
@@ -350,6 +365,21 @@ def rename(parts: Parts, key: SessionKey) -> Response:
     parts.pool.find(key)
     parts.pool.store.rename(key, title)
     return jsonify(session_id=key.id, title=title)
+
+
+@route(
+    "POST",
+    "/session/<sid>/ticket",
+    "A ticket to read the session's events with, for readers that cannot send headers",
+    responses={200: "Ticket"},
+    errors=(400, 401, 403, 404, 503),
+)
+def new_ticket(parts: Parts, key: SessionKey) -> Response:
+    parts.pool.find(key)
+    issued, expires_at = parts.tickets.issue(key, bearer(request))
+    response = jsonify(ticket=issued, expires_at=expires_at)
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 @route(

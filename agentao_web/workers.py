@@ -22,6 +22,7 @@ from gunicorn.config import Config
 
 from agentao_web import addresses
 from agentao_web import extension
+from agentao_web import logs
 from agentao_web.config import Settings
 from agentao_web.config import from_environment
 
@@ -39,6 +40,7 @@ timeout = graceful_timeout + 10
 # Otherwise a socket in the home directory.
 control_socket_disable = True
 
+_NO_QUERIES: t.Final = logs.NoQueries()
 #: How often worker.alive and the master are looked at, in seconds.
 _GLANCE: t.Final = 0.25
 #: Seconds a worker needs after its drain.
@@ -77,6 +79,8 @@ def post_worker_init(worker: t.Any) -> None:
 
     signal.signal(signal.SIGTERM, on_term)
     signal.siginterrupt(signal.SIGTERM, False)
+    for name in ("gunicorn.access", "gunicorn.error"):
+        logging.getLogger(name).addFilter(_NO_QUERIES)
     extension.reserve_threads(worker.cfg.threads)
     for app in extension.apps():
         extension.pool_of(app).exhausted = _replace_me

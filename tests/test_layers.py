@@ -46,7 +46,7 @@ DOORS: dict[str, set[str]] = {
         "views",
     },
     "addresses": {"config"},
-    "workers": {"addresses", "config", "extension"},
+    "workers": {"addresses", "config", "extension", "logs"},
     "doctor": {"agents", "config", "core", "store"},
     # Of the server it knows nothing but the protocol.
     "client": set(),

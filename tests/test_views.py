@@ -749,6 +749,7 @@ GUARDED = [
     ("DELETE", "/session/s"),
     ("GET", "/session/s"),
     ("PATCH", "/session/s"),
+    ("POST", "/session/s/ticket"),
     ("GET", "/sessions"),
     ("GET", "/session/s/messages"),
 ]

@@ -27,6 +27,8 @@ class Route:
     public: bool = False
     scheme: t.Literal["bearer", "metrics"] = "bearer"
     """Whose token it takes, if it is not public."""
+    ticket: bool = False
+    """A GET of it takes a ticket for its session too."""
     request: str | None = None
     query: tuple[str, ...] = ()
     headers: tuple[str, ...] = ()
@@ -57,6 +59,12 @@ def document(routes: cabc.Iterable[Route], server: str) -> Schema:
             "responses": {"Error": _error_response()},
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
+                "ticket": {
+                    "type": "apiKey",
+                    "in": "query",
+                    "name": "ticket",
+                    "description": "Of POST /session/<sid>/ticket, for this session",
+                },
                 "metrics": {
                     "type": "http",
                     "scheme": "bearer",
@@ -81,6 +89,8 @@ def _operation(route: Route) -> Schema:
         operation["security"] = []
     elif route.scheme != "bearer":
         operation["security"] = [{route.scheme: []}]
+    elif route.ticket:
+        operation["security"] = [{"bearer": []}, {"ticket": []}]
     if route.request is not None:
         content = {"application/json": {"schema": _ref(route.request)}}
         operation["requestBody"] = {"required": True, "content": content}
@@ -318,6 +328,11 @@ SCHEMAS: t.Final[dict[str, Schema]] = {
         **_object("title", title={"type": "string", "minLength": 1, "maxLength": 200}),
         "additionalProperties": False,
     },
+    "Ticket": _object(
+        "ticket expires_at",
+        ticket=_STRING,
+        expires_at={"type": "integer", "description": "Unix seconds"},
+    ),
     "Named": _object("session_id title", session_id=_STRING, title=_STRING),
     "SessionPage": _object(
         "sessions next",

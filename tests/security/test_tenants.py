@@ -546,6 +546,7 @@ DOORS = (
     ("GET", "/session/{}/messages", None),
     ("PATCH", "/session/{}", {"title": "mine now"}),
     ("POST", "/chat/{}/answer", {"question_id": "q", "approve": True}),
+    ("POST", "/session/{}/ticket", None),
     ("POST", "/chat/{}/cancel", None),
     ("DELETE", "/session/{}", None),
 )
