@@ -35,15 +35,17 @@ $(VENV)/.test: $(VENV)/.run
 	touch $@
 
 # What the tests need of Debian: a PostgreSQL of their own, openssl for a certificate,
-# bubblewrap for the shell's sandbox, nginx, and systemd to look at its unit.
+# bubblewrap for the shell's sandbox, nginx, systemd to look at its unit, a browser, and what the
+# recipes of the docs use.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 debian:
 	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 && command -v openssl >/dev/null && \
 	  command -v bwrap >/dev/null && { command -v nginx || test -x /usr/sbin/nginx; } >/dev/null && \
-	  command -v systemd-analyze >/dev/null || \
+	  command -v systemd-analyze >/dev/null && command -v chromium >/dev/null && \
+	  command -v curl >/dev/null && command -v jq >/dev/null || \
 	  { $(SUDO) apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends \
-	      postgresql openssl bubblewrap nginx systemd >/dev/null; }
+	      postgresql openssl bubblewrap nginx systemd chromium curl jq >/dev/null; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
