@@ -1,12 +1,15 @@
-"""Writes the tables of the docs from the code: ``python -m docs.build``.
+"""Writes the tables of the docs from the code, and the examples from docs/recorded.json.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``; the rest of a page is
-written by hand. With ``--check`` nothing is written and a stale page is an error.
+``python -m docs.build``: what stands between ``<!-- table: NAME -->`` and ``<!-- /table -->`` is
+made; the rest of a page is written by hand. With ``--check`` nothing is written and a stale page is
+an error.
 """
 
 from __future__ import annotations
 
 import collections.abc as cabc
+import functools
+import json
 import re
 import sys
 import tempfile
@@ -176,6 +179,33 @@ def events() -> str:
     return _table(("Type", "In `data`", "Beside it", "Says"), rows)
 
 
+@functools.cache
+def recorded() -> dict[str, t.Any]:
+    """What docs/record.py saw."""
+    return t.cast(dict[str, t.Any], json.loads((HERE / "recorded.json").read_text("utf-8")))
+
+
+def _shown(values: cabc.Iterable[t.Any]) -> str:
+    lines = [json.dumps(value, ensure_ascii=False, separators=(",", ":")) for value in values]
+    return "".join(["```json\n", *(f"{line}\n" for line in lines), "```\n"])
+
+
+def examples() -> str:
+    told = _told(openapi.EVENT_TYPES, EVENTS, "events without a sentence")
+    seen = recorded()["events"]
+    parts = []
+    for name, sentence in told.items():
+        found = [event for event in seen.values() if event["type"] == name]
+        if not found:
+            raise RuntimeError(f"docs/recorded.json has no {name}: run python -m docs.record")
+        parts.append(f"\n`{name}`: {sentence}\n\n{_shown(found)}")
+    return "".join(parts) + "\n"
+
+
+def answer(name: str) -> cabc.Callable[[], str]:
+    return lambda: _shown([recorded()["answers"][name]])
+
+
 def http_errors() -> str:
     rows = []
     for cls in sorted(errors.WebError.__subclasses__(), key=lambda cls: (cls.status, cls.code)):
@@ -238,6 +268,8 @@ TABLES: t.Final[dict[str, cabc.Callable[[], str]]] = {
     "states": states,
     "metrics": metric_table,
     "log-fields": log_fields,
+    "examples": examples,
+    **{f"answer-{name}": answer(name) for name in recorded()["answers"]},
 }
 
 

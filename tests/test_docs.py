@@ -28,8 +28,10 @@ from agentao_web import shutdown
 from agentao_web import testing
 from agentao_web import workers
 from agentao_web.cli import main
+from agentao_web.core.errors import FAILURES
 from agentao_web.wire import openapi
 from docs import build
+from docs import record
 from tests.live.harness import Server
 
 PROJECT = Path(__file__).parent.parent
@@ -154,15 +156,25 @@ def test_the_readme_is_short_and_has_room_for_the_numbers() -> None:
 # -- the examples ------------------------------------------------------------------------------
 
 
-def test_there_is_an_example_of_every_event() -> None:
-    (block,) = (block for block in BLOCKS if block.marker == "examples: events")
-    examples = [json.loads(line) for line in block.text.splitlines()]
-    assert sorted(event["type"] for event in examples) == sorted(openapi.EVENT_TYPES)
+def test_there_is_an_example_of_every_event_and_ending() -> None:
+    events = build.recorded()["events"].values()
+    assert {event["type"] for event in events} == set(openapi.EVENT_TYPES)
     fields = build.sample()
-    for event in examples:
+    for event in events:
         data, beside = fields[event["type"]]
-        assert set(event["data"]) == set(data), event["type"]
+        # An agent says what it knows, so something may be missing; nothing is made up.
+        assert set(event["data"]) <= set(data), event["type"]
         assert set(event) - {"seq", "turn_id", "type", "data", "ts"} == set(beside)
+    ends = {event["data"]["status"] for event in events if event["type"] in ("done", "error")}
+    assert ends == {"completed", "incomplete", "cancelled", "timed_out", "failed"}
+    codes = {event["error"]["code"] for event in events if event["type"] == "error"}
+    assert codes == set(FAILURES)
+
+
+@pytest.mark.live
+def test_what_the_protocol_page_shows_is_what_a_run_gives(tmp_path: Path) -> None:
+    """Written anew by python -m docs.record, then python -m docs.build."""
+    assert record.shape(record.run(tmp_path)) == record.shape(build.recorded())
 
 
 def test_json_is_json() -> None:
