@@ -5,11 +5,17 @@ BIN := $(VENV)/bin
 # The demo model, unless a key of a real one is set.
 DEMO := $(if $(OPENAI_API_KEY),,--demo)
 BIND ?= 127.0.0.1:8000
+SHOP ?= 127.0.0.1:8001
 
-.PHONY: run test check long bench debian clean
+.PHONY: run example test check long bench debian clean
 
 run: $(VENV)/.run
 	@$(BIN)/agentao-web serve $(DEMO) --bind $(BIND)
+
+example: $(VENV)/.example
+	@echo "A shop with an agent: http://$(SHOP), log in as ann, password demo"
+	@cd examples/shop && $(CURDIR)/$(BIN)/flask --app shop fill && \
+	  exec $(CURDIR)/$(BIN)/gunicorn -c python:agentao_web.workers --bind $(SHOP) 'shop:create_app()'
 
 test: check
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not long"
@@ -28,6 +34,10 @@ bench: $(VENV)/.test
 $(VENV)/.run: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.example: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[example]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
