@@ -40,7 +40,10 @@ from agentao_web.store import Store
 from agentao_web.store.allowance import Allowance
 from agentao_web.store.memory import MemoryStore
 from agentao_web.store.sql import SqlStore
+from agentao_web.wire import Wire
 
+#: Opens a store with the application's settings.
+OpenStore = cabc.Callable[[Settings], Store]
 #: What a host says of a principal, given what its tenant has by the settings.
 RulesFor = cabc.Callable[[Principal, Rules], Rules]
 
@@ -64,6 +67,9 @@ class AgentaoWeb:
 
     *agents* replaces the building of agents altogether: called with the principal, a SessionInfo
     and the transport to construct the agent with, it returns an Agentao.
+
+    *store* opens a store of the host's own, given the settings. *wires* are further forms of
+    streams, for requests that name theirs in ``Accept``.
     """
 
     def __init__(
@@ -73,6 +79,8 @@ class AgentaoWeb:
         rules: RulesFor | None = None,
         tools: ToolsFor | None = None,
         agents: Factory | None = None,
+        store: OpenStore | None = None,
+        wires: cabc.Iterable[Wire] = (),
     ) -> None:
         if tools is not None and not callable(tools):
             raise RuntimeError("tools= is a function: lambda principal: [your, functions]")
@@ -80,6 +88,8 @@ class AgentaoWeb:
         self._authenticate = authenticate
         self._rules = rules
         self._agents = agents
+        self._store = store
+        self._wires = tuple(wires)
 
     def init_app(self, app: Flask, *, url_prefix: str = "") -> None:
         """Register the blueprint on *app* below *url_prefix*, with settings from its config.
@@ -97,7 +107,7 @@ class AgentaoWeb:
         logs.mark()
         metrics = _metrics(app, settings, log)
         observer = Observers(_observers(settings, metrics), log)
-        store = open_store(settings, observer)
+        store = self._store(settings) if self._store else open_store(settings, observer)
         allowance = Allowance(store, lambda principal: rules(principal).tokens_per_day)
         agents = AgentaoAgents(
             settings,
@@ -129,6 +139,7 @@ class AgentaoWeb:
                 observer=observer,
             ),
             watcher=Watcher(),
+            wires=self._wires,
             own_login=self._authenticate is not None,
             warm=agents.warm,
             left=lambda: agents.tools.left,

@@ -203,10 +203,10 @@ class Reader:
 
 
 class Dialect(t.Protocol):
-    """What a stream needs of a wire (agentao_web.wire.native)."""
+    """What a stream needs of a wire (agentao_web.wire.Wire)."""
 
-    KEEP_ALIVE: bytes
-
+    @property
+    def KEEP_ALIVE(self) -> bytes: ...
     def frames(self, events: cabc.Iterable[Event]) -> bytes: ...
     def retry(self, milliseconds: int) -> bytes: ...
 

@@ -64,6 +64,7 @@ from agentao_web.slots import Slot
 from agentao_web.slots import StreamSlots
 from agentao_web.store import ActiveTurn
 from agentao_web.store import SessionRow
+from agentao_web.wire import Wire
 from agentao_web.wire import native
 from agentao_web.wire import openapi
 from agentao_web.wire import requests
@@ -98,6 +99,8 @@ class Parts:
     pool: SessionPool
     watcher: Watcher
     slots: StreamSlots = dataclasses.field(default_factory=StreamSlots)
+    wires: tuple[Wire, ...] = ()
+    """Streams of the host's own making."""
     own_login: bool = False
     """Requests are identified by the host, not by tokens of ours."""
     warm: cabc.Callable[[], None] = lambda: None
@@ -206,7 +209,8 @@ def _key(principal: Principal, sid: str) -> SessionKey:
     headers=("Prefer", "Idempotency-Key"),
 )
 def start_turn(parts: Parts, key: SessionKey) -> Response:
-    streams = _wants_stream(default=True)
+    wire = _wire(parts, default=True)
+    streams = wire is not None
     if request.mimetype != "application/json":
         raise UnsupportedMediaType
     asked = requests.turn_request(
@@ -221,8 +225,8 @@ def start_turn(parts: Parts, key: SessionKey) -> Response:
     with _freed(slot, after=streams):
         started = parts.pool.start(key, asked)
         reader = _reader(parts, started.live, started.cursor, of=started)
-        if streams:
-            return _stream(reader, slot)
+        if wire is not None:
+            return _stream(reader, slot, wire)
         final = None
         if wait or started.status not in ("queued", "running"):
             final = ending(reader, wait=wait or 0)
@@ -275,10 +279,10 @@ def events(parts: Parts, key: SessionKey) -> Response:
     wait = requests.number(query.get("wait"), "wait", least=0, most=requests.MAX_WAIT)
     limit = requests.number(query.get("limit"), "limit", least=1, most=_MAX_LIMIT)
     follow = requests.flag(query.get("follow"), "follow")
-    if _wants_stream(default=False):
+    if (wire := _wire(parts, default=False)) is not None:
         # What an EventSource sends when it comes back is newer than its URL.
         last = requests.cursor(request.headers.get("Last-Event-ID"), "Last-Event-ID")
-        return _follow(parts, key, after if last is None else last, follow=follow)
+        return _follow(parts, key, after if last is None else last, wire, follow=follow)
     live = parts.pool.find(key)
     reader = _reader(parts, live, after)
     seconds = _WAIT if wait is None else wait
@@ -294,14 +298,16 @@ def events(parts: Parts, key: SessionKey) -> Response:
     return jsonify(native.page(found, reader.cursor or 0, state))
 
 
-def _follow(parts: Parts, key: SessionKey, after: int | None, *, follow: bool) -> Response:
+def _follow(
+    parts: Parts, key: SessionKey, after: int | None, wire: Wire, *, follow: bool
+) -> Response:
     live = parts.pool.find(key)
     reader = _reader(parts, live, after)
     if reader.caught_up and not follow:
         return _nothing(204)
     slot = _slot(parts, key, reader.cursor)
     with _freed(slot, after=True):
-        return _stream(reader, slot, follow=follow)
+        return _stream(reader, slot, wire, follow=follow)
 
 
 # -- sessions ----------------------------------------------------------------------------------
@@ -541,6 +547,21 @@ class _Along:
 # -- what they share ---------------------------------------------------------------------------
 
 
+def _wire(parts: Parts, *, default: bool) -> Wire | None:
+    """What the answer is streamed as, by ``Accept``; None is JSON.
+
+    A wire of the host's is taken by those who name it and want nothing else more.
+    """
+    accept = request.accept_mimetypes
+    named = {value.partition(";")[0].strip().lower() for value in accept.values()}
+    for wire in parts.wires:
+        kind = wire.CONTENT_TYPE.partition(";")[0].strip().lower()
+        others = max(accept["text/event-stream"], accept["application/json"])
+        if kind in named and accept[kind] and accept[kind] >= others:
+            return wire
+    return native if _wants_stream(default=default) else None
+
+
 def _wants_stream(*, default: bool) -> bool:
     """Whether the answer is to be SSE, by ``Accept`` (RFC 9110, 12.5.1).
 
@@ -614,16 +635,16 @@ def _freed(slot: Slot | None, *, after: bool = False) -> cabc.Iterator[None]:
             slot.free()
 
 
-def _stream(reader: Reader, slot: Slot | None, *, follow: bool = False) -> Response:
+def _stream(reader: Reader, slot: Slot | None, wire: Wire, *, follow: bool = False) -> Response:
     parts: Parts = current_app.extensions["agentao_web"]
     body = stream(
         reader,
-        t.cast(t.Any, native),
+        wire,
         heartbeat=parts.settings.heartbeat,
         lease=parts.settings.stream_lease,
         follow=follow,
     )
-    response = Response(_Along(body), content_type=native.CONTENT_TYPE, headers=native.HEADERS)
+    response = Response(_Along(body), content_type=wire.CONTENT_TYPE, headers=dict(wire.HEADERS))
     if slot is not None:
         # Not in the generator: one that was never begun is never ended.
         response.call_on_close(slot.free)

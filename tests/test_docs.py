@@ -35,7 +35,12 @@ from docs import record
 from tests.live.harness import Server
 
 PROJECT = Path(__file__).parent.parent
-PAGES = [PROJECT / "README.md", PROJECT / "CHANGES.md", *sorted(build.HERE.glob("*.md"))]
+PAGES = [
+    PROJECT / "README.md",
+    PROJECT / "CHANGES.md",
+    *sorted(build.HERE.glob("*.md")),
+    *sorted(PROJECT.glob("examples/*/README.md")),
+]
 TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
 #: In an error message that the docs show.
 SLIPS = {"AGENTAO_MAXTURNS"}
@@ -56,7 +61,7 @@ class Block(t.NamedTuple):
 
 
 BLOCKS = [
-    Block(page.name, *found.groups(default=""))
+    Block(page.relative_to(PROJECT).as_posix(), *found.groups(default=""))
     for page in PAGES
     for found in _BLOCK.finditer(page.read_text("utf-8"))
 ]
@@ -123,6 +128,14 @@ def test_every_public_name_is_in_the_docs() -> None:
     ]
     for name in [*agentao_web.__all__, *steps, "Gate", "Scripted", "ScriptedAgent"]:
         assert re.search(rf"\b{name}\b", TEXT), name
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (build.HERE / "README.md").read_text("utf-8")
+    readme = (PROJECT / "README.md").read_text("utf-8")
+    for page in build.HERE.glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index, page.name
+        assert f"(docs/{page.name})" in readme, page.name
 
 
 def test_links_resolve() -> None:
@@ -261,6 +274,60 @@ def test_agents_of_your_own(ended: cabc.Callable[[Flask], Flask]) -> None:
         assert answer.json is not None and answer.json["reply"].startswith(reply)
 
 
+def test_a_runtime_of_your_own(ended: cabc.Callable[[Flask], Flask]) -> None:
+    client = ended(run("runtime")["app"]).test_client()
+    answer = client.post("/chat/a", json={"message": "hello you"}, headers=WAIT)
+    assert answer.json is not None and answer.json["reply"] == "hello you"
+    waiting = client.post("/chat/a", json={"message": "hello!"}, headers=WAIT).json
+    assert waiting is not None and waiting["questions"][0]["tool"] == "shout"
+    body = {"question_id": waiting["questions"][0]["question_id"], "approve": True}
+    assert client.post("/chat/a/answer", json=body, headers=WAIT).status_code == 200
+    page: t.Any = {"cursor": waiting["cursor"], "events": []}
+    while not any(event["type"] == "done" for event in page["events"]):
+        page = client.get(f"/chat/a/events?after={page['cursor']}&wait=20").json
+        assert page["events"], "the turn does not end"
+    assert page["events"][-1]["reply"] == "HELLO!"
+    assert len(client.get("/session/a/messages").json["messages"]) >= 4  # type: ignore[index]
+
+
+def test_a_store_of_your_own(ended: cabc.Callable[[Flask], Flask], tmp_path: Path) -> None:
+    names = run("store")
+    steps = (testing.emit("llm_call_completed", prompt_tokens=7), testing.say("hi"))
+    for _ in range(2):
+        app = ended(names["create_app"](testing.scripted(*steps), AGENTAO_ROOT=tmp_path / "root"))
+        answer = app.test_client().post("/chat/a", json={"message": "x"}, headers=WAIT)
+        assert answer.status_code == 200
+    assert names["BILL"] == [("shop", {"prompt_tokens": 7})] * 2
+    snapshot = app.test_client().get("/session/a").json
+    assert snapshot is not None and snapshot["turns"] == 2, "it was kept"
+
+
+def test_a_wire_of_your_own(ended: cabc.Callable[[Flask], Flask]) -> None:
+    client = ended(run("wire")["app"]).test_client()
+    ((_, _, _, _, accept, *_),) = curls("docs/extend.md")
+    headers = {**WAIT, "Accept": accept.partition(": ")[2]}
+    answer = client.post("/chat/a", json={"message": "count to 3"}, headers=headers)
+    assert answer.headers["Content-Type"] == "application/x-ndjson"
+    assert answer.headers["X-Accel-Buffering"] == "no"
+    events = [json.loads(line) for line in answer.text.splitlines() if line]
+    assert events[0]["type"] == "turn_begin" and events[-1]["reply"] == "1, 2, 3."
+    read = client.get(f"/chat/a/events?after={events[0]['seq']}", headers=headers)
+    told = [json.loads(line) for line in read.text.splitlines() if line]
+    assert told[-1] == events[-1]
+    for accept, kind in (
+        ("application/x-ndjson;q=0.1, application/json", "application/json"),
+        ("text/event-stream, application/x-ndjson;q=0.9", "text/event-stream"),
+        ("application/x-ndjson, */*", "application/x-ndjson"),
+        ("application/*", "application/json"),
+    ):
+        headers = {**WAIT, "Accept": accept}
+        again = client.post("/chat/a", json={"message": "say hi"}, headers=headers)
+        assert again.mimetype == kind, accept
+        assert again.status_code == 200 and again.text
+    refused = {**WAIT, "Accept": "application/x-ndjson;q=0"}
+    assert client.get("/chat/a/events?wait=0", headers=refused).status_code == 406
+
+
 def test_the_tests_of_a_host(tmp_path: Path) -> None:
     tests = {name: test for name, test in run("tests").items() if name.startswith("test_")}
     assert len(tests) == 2
@@ -318,7 +385,7 @@ def test_every_command_of_the_storage_page_works(
     for sid in ("chat-1", "chat-2"):
         answer = app.test_client().post(f"/chat/{sid}", json={"message": "hi"}, headers=WAIT)
         assert answer.status_code == 200
-    text = "".join(block.text for block in blocks("sh") if block.page == "storage.md")
+    text = "".join(block.text for block in blocks("sh") if block.page == "docs/storage.md")
     commands = [line for line in text.splitlines() if not line.startswith(("export", "gunicorn"))]
     for command in commands:
         if command.startswith("agentao-web "):
@@ -335,7 +402,7 @@ def test_every_command_of_the_storage_page_works(
 
 
 def test_the_refusal_of_the_limits_page(ended: cabc.Callable[[Flask], Flask]) -> None:
-    page = {block.language: block.text for block in BLOCKS if block.page == "limits.md"}
+    page = {block.language: block.text for block in BLOCKS if block.page == "docs/limits.md"}
     gate = testing.Gate()
     app = ended(Flask("limits"))
     app.config.update(AGENTAO_MAX_TURNS_PER_TENANT=8)
@@ -370,7 +437,7 @@ def test_the_scrape_config_and_the_curl_beside_it(
     app = ended(Flask("observe"))
     app.config.update(AGENTAO_DEMO=True, AGENTAO_METRICS_TOKEN="a-token-of-the-test")
     agentao_web.AgentaoWeb().init_app(app)
-    ((_, option, header, url),) = curls("observe.md")
+    ((_, option, header, url),) = curls("docs/observe.md")
     assert (option, url) == ("-H", f"http://{job['static_configs'][0]['targets'][0]}/metrics")
     name, _, word = header.partition(": ")
     headers = {name: word.replace("$AGENTAO_METRICS_TOKEN", "a-token-of-the-test")}

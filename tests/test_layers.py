@@ -44,6 +44,7 @@ DOORS: dict[str, set[str]] = {
         "store",
         "traces",
         "views",
+        "wire",
     },
     "addresses": {"config"},
     "workers": {"addresses", "config", "extension", "logs"},
