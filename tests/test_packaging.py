@@ -31,6 +31,7 @@ from tests.live.harness import PATIENCE
 from tests.live.harness import PROJECT
 from tests.live.harness import Server
 from tests.live.harness import eventually
+from tests.live.harness import listens
 
 DEPLOY = PROJECT / "deploy"
 UNIT = DEPLOY / "agentao-web.service"
@@ -323,7 +324,7 @@ def test_the_images_command_runs_where_only_its_volume_can_be_written(
         ) as client,
     ):
         try:
-            eventually(address.exists, "it does not listen")
+            eventually(lambda: listens(address), "it does not listen")
             answer = client.post(
                 "/chat/a",
                 json={"message": "say hi"},

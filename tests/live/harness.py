@@ -112,7 +112,7 @@ class Server:
         until = time.monotonic() + PATIENCE
         while True:
             assert self.process.poll() is None, self.log.read_text()
-            if self.sockets and not _listens(self.sockets[0]):
+            if self.sockets and not listens(self.sockets[0]):
                 # The client below would leave a socket open.
                 assert time.monotonic() < until, self.log.read_text()
                 time.sleep(0.02)  # Between two looks at another process.
@@ -221,7 +221,7 @@ def model_env(model: ModelServer, **more: str) -> dict[str, str]:
     }
 
 
-def _listens(path: Path) -> bool:
+def listens(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as sock:
         return sock.connect_ex(str(path)) == 0
 
