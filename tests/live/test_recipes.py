@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page
+from playwright.sync_api import Route
 from playwright.sync_api import sync_playwright
 
 from tests.live.harness import PATIENCE
@@ -173,6 +174,24 @@ def test_fetch_streams_and_says_what_is_wrong(shop: Server) -> None:
         assert "".join(e["data"].get("chunk", "") for e in told) == told[-1]["reply"]
         error = page.evaluate(f"({talk})(['-no-id', 'hi']).catch((error) => error.message)")
         assert "a session id is" in error
+
+
+def test_fetch_starts_one_turn_over_a_bad_network(shop: Server) -> None:
+    """The first POST is lost on its way, of the second one the answer."""
+    with browsing(shop) as page:
+        lost: list[str] = []
+
+        def lose(route: Route) -> None:
+            lost.append(route.request.method)
+            if len(lost) == 2:
+                route.fetch()
+            route.abort() if len(lost) < 3 else route.continue_()
+
+        page.route("**/agent/chat/s", lose)
+        page.evaluate("talk('/agent', 's', 'say it once', (event) => seen.push(event))")
+        assert lost == ["POST"] * 3
+        assert types(page)[0] == "turn_begin" and types(page)[-1] == "done"
+        assert shop.client.get("/agent/session/s").json()["turns"] == 1
 
 
 def test_fetch_goes_on_where_a_stream_ended(shop: Server) -> None:
