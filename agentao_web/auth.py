@@ -184,7 +184,7 @@ def taking_tickets(app: WSGIApplication, prefix: str) -> WSGIApplication:
 
     The environment is changed in place, so the server's own access log does not see it either.
     """
-    ours = re.compile(f"{re.escape(prefix)}/(?:chat|session)/")
+    ours = re.compile(f"{re.escape(prefix)}/+(?:chat|session)/")
 
     def taking(environ: WSGIEnvironment, start_response: StartResponse) -> cabc.Iterable[bytes]:
         if environ.get("QUERY_STRING") and ours.match(environ.get("PATH_INFO", "")):

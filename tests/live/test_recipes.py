@@ -223,5 +223,7 @@ def test_an_event_source_outlives_its_ticket(shop: Server) -> None:
         second = shop.client.post("/agent/chat/s", json={"message": "say two"}, headers=headers)
         assert second.status_code == 200
         meet(page, lambda: types(page).count("done") == 2, "the second turn was not seen")
+        unknown = page.evaluate("follow('/agent', 'nobody', seen.push).catch((e) => e.message)")
+        assert unknown == "no such session"
         replies = [e["reply"] for e in page.evaluate("seen") if e["type"] == "done"]
         assert replies == ["one", "two"] and in_order(page)

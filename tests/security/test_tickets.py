@@ -334,6 +334,32 @@ def test_no_code_of_the_host_sees_one(tmp_path: Path, prefix: str) -> None:
         shutdown(site.app, grace=2)
 
 
+@pytest.mark.parametrize("path", ["/chat/s/events", "//chat/s/events", "/chat/s/events/"])
+def test_what_wrapped_the_app_before_sees_none(tmp_path: Path, path: str) -> None:
+    seen: list[str] = []
+
+    def instrumented(inner: t.Any) -> t.Any:
+        def call(environ: dict[str, t.Any], start_response: t.Any) -> t.Any:
+            seen.append(f"{environ['RAW_URI']} {environ['QUERY_STRING']}")
+            return inner(environ, start_response)
+
+        return call
+
+    app = Flask("instrumented")
+    app.config.update(AGENTAO_ROOT=tmp_path, AGENTAO_DATABASE_URL="memory:", AGENTAO_DEMO=True)
+    app.wsgi_app = instrumented(app.wsgi_app)  # type: ignore[method-assign]
+    AgentaoWeb().init_app(app)
+    try:
+        uri = f"{path}?ticket=secret&wait=0"
+        base = {"RAW_URI": uri, "REQUEST_URI": uri, "PATH_INFO": path}
+        answer = app.test_client().get(uri, environ_overrides=base)
+        assert answer.status_code in (308, 401, 404)
+        assert "secret" not in answer.headers.get("Location", "")
+        assert seen == [f"{path}?wait=0 wait=0"]
+    finally:
+        shutdown(app, grace=2)
+
+
 def test_what_a_host_calls_a_ticket_stays_its_own(tmp_path: Path) -> None:
     app = host(tmp_path)
     app.add_url_rule("/concert", view_func=lambda: request.args["ticket"])
