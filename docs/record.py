@@ -44,7 +44,7 @@ FILE: t.Final = Path(__file__).parent / "recorded.json"
 Json = dict[str, t.Any]
 
 #: A worker that is silent for so long has lost its turns; short, as it is waited for.
-_LEASE: t.Final = "3"
+_LEASE: t.Final = "5"
 
 
 class Recording:
