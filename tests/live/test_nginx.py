@@ -404,13 +404,13 @@ def test_metrics_are_for_this_machine(tmp_path: Path, prefix: str) -> None:
 def test_a_ticket_is_in_no_log(tmp_path: Path) -> None:
     """Nor in the error log, where nginx writes whole requests when a worker dies under them."""
     with Site(tmp_path, addresses=1) as site:
-        secret = "ticket-that-nobody-may-see"
-        for query in (f"ticket={secret}", f"after=0&%74icket={secret}&ticket={secret}"):
-            site.http.get(f"/chat/s/events?{query}", headers={"Referer": f"https://x/?{secret}"})
         started = site.http.post(
             "/chat/s", json={"message": "hang"}, headers={"Accept": "application/json"}
         )
         assert started.status_code == 202
+        secret = site.http.post("/session/s/ticket").json()["ticket"]
+        for query in (f"ticket={secret}&wait=0", f"after=0&%74icket={secret}&ticket={secret}"):
+            site.http.get(f"/chat/s/events?{query}", headers={"Referer": f"https://x/?{secret}"})
         with (
             contextlib.suppress(httpx.TransportError),
             site.http.stream(
