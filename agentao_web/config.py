@@ -158,6 +158,7 @@ class Settings:
     )
     workspace: str = _setting("user", "Who shares a folder.", choices=("user", "tenant", "session"))
     thinking: bool = _setting(False, "Whether the model's reasoning is sent to clients.")
+    page: bool = _setting(True, "Whether the chat page is served at `/`.")
     demo: bool = _setting(
         False, "Accept the token `dev` and answer through the offline demo model."
     )

@@ -147,8 +147,8 @@ class AgentaoWeb:
             scrape=metrics.answer if metrics is not None else None,
         )
         prefix = url_prefix.rstrip("/")
-        app.register_blueprint(views.blueprint(), url_prefix=prefix or None)
-        _add_fallbacks(app, prefix)
+        app.register_blueprint(views.blueprint(settings), url_prefix=prefix or None)
+        _add_fallbacks(app, settings, prefix)
         app.wsgi_app = taking_tickets(app.wsgi_app, prefix)  # type: ignore[assignment,method-assign]
         _apps.add(app)
 
@@ -216,12 +216,12 @@ def _by_token(settings: Settings, tokens: Tokens | None, revoked: Revoked) -> Au
     return by_token(tokens, demo=settings.demo, revoked=revoked)
 
 
-def _add_fallbacks(app: Flask, prefix: str) -> None:
+def _add_fallbacks(app: Flask, settings: Settings, prefix: str) -> None:
     """Answer in our form for what is ours and does not exist, and for nothing of the host's.
 
     Added to the map directly: Flask's own add_url_rule makes GET of "any method".
     """
-    paths = {entry.path for entry in views.ROUTES}
+    paths = {entry.path for entry in views.routes(settings)}
     rules = [(prefix + path, "other_methods", views.other_methods) for path in paths]
     if prefix:
         rules.append((f"{prefix}/<path:rest>", "no_such_path", views.no_such_path))

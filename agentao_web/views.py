@@ -26,6 +26,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import default_exceptions
 from werkzeug.routing import Rule
 
+from agentao_web import page as chat_page
 from agentao_web.auth import Authenticate
 from agentao_web.auth import Tickets
 from agentao_web.auth import bearer
@@ -126,10 +127,15 @@ def route(method: str, path: str, summary: str, **doc: t.Any) -> cabc.Callable[[
     return register
 
 
-def blueprint() -> Blueprint:
+def routes(settings: Settings) -> list[openapi.Route]:
+    """The endpoints of an application: without the page if it is off, so that `/` is the host's."""
+    return [entry for entry in ROUTES if settings.page or not entry.page]
+
+
+def blueprint(settings: Settings) -> Blueprint:
     """A fresh blueprint with every route."""
     bp = Blueprint(NAME, __name__)
-    for entry in ROUTES:
+    for entry in routes(settings):
         bp.add_url_rule(
             entry.path,
             entry.name,
@@ -156,7 +162,7 @@ def _guarded(entry: openapi.Route) -> View:
         if (sock := _socket()) is not None:
             sock.settimeout(parts.settings.send_timeout)
         if entry.public or entry.scheme == "metrics":
-            return entry.view(parts)
+            return entry.view(parts, **arguments)
         principal = _by_ticket(parts, entry, arguments) or identify(request, parts.authenticate)
         if "X-Agentao-Doctor" in request.headers:
             after_this_request(functools.partial(_name_worker, parts))
@@ -444,7 +450,41 @@ def readyz(parts: Parts) -> Response:
 @route("GET", "/openapi.json", "This contract", public=True, responses={200: "Any"})
 def openapi_json(parts: Parts) -> Response:
     prefix = url_for(".openapi_json").removesuffix("/openapi.json")
-    return jsonify(openapi.document(ROUTES, prefix or "/"))
+    return jsonify(openapi.document(routes(parts.settings), prefix or "/"))
+
+
+@route("GET", "/", "The chat page", public=True, page=True, responses={200: "text/html"})
+def page(parts: Parts) -> Response:
+    return page_file(parts, "index.html")
+
+
+@route(
+    "GET",
+    "/page/<path:file>",
+    "The page's files",
+    public=True,
+    page=True,
+    responses={200: "*/*"},
+    errors=(404,),
+)
+def page_file(parts: Parts, file: str) -> Response:
+    found = chat_page.file(file)
+    if found is None:
+        raise NotFound
+    return found
+
+
+@route(
+    "GET",
+    "/page/config.json",
+    "What the page is told: whose login it is, and whether this is the demo",
+    public=True,
+    page=True,
+    responses={200: "PageConfig"},
+)
+def page_config(parts: Parts) -> Response:
+    login = "host" if parts.own_login else "token"
+    return chat_page.told(jsonify(login=login, demo=parts.settings.demo))
 
 
 @route(

@@ -25,6 +25,8 @@ class Route:
     summary: str
     view: cabc.Callable[..., t.Any]
     public: bool = False
+    page: bool = False
+    """Part of the chat page, so not there when that is off."""
     scheme: t.Literal["bearer", "metrics"] = "bearer"
     """Whose token it takes, if it is not public."""
     ticket: bool = False
@@ -34,7 +36,7 @@ class Route:
     headers: tuple[str, ...] = ()
     responses: cabc.Mapping[int, str] = dataclasses.field(default_factory=dict)
     """Status -> name of a schema; ``stream:NAME`` for SSE or, as JSON, NAME; ``text`` for
-    plain text; "" for no body."""
+    plain text; ``text/html`` and the like for a file; "" for no body."""
     errors: tuple[int, ...] = ()
 
 
@@ -42,7 +44,7 @@ def document(routes: cabc.Iterable[Route], server: str) -> Schema:
     """The document for *routes* mounted at *server*."""
     paths: dict[str, Schema] = {}
     for route in routes:
-        path = re.sub(r"<(\w+)>", r"{\1}", route.path)
+        path = re.sub(r"<(?:path:)?(\w+)>", r"{\1}", route.path)
         paths.setdefault(path, {})[route.method.lower()] = _operation(route)
     return {
         "openapi": "3.1.0",
@@ -77,7 +79,8 @@ def document(routes: cabc.Iterable[Route], server: str) -> Schema:
 
 
 def _operation(route: Route) -> Schema:
-    names = [*(("sid",) if "<sid>" in route.path else ()), *route.query, *route.headers]
+    in_path = re.findall(r"<(?:path:)?(\w+)>", route.path)
+    names = [*in_path, *route.query, *route.headers]
     operation: Schema = {
         "operationId": route.name,
         "summary": route.summary,
@@ -109,6 +112,8 @@ def _response(code: int, name: str) -> Schema:
         return {"description": "Nothing more; do not connect again"}
     if name == "text":
         return {"description": "Plain text", "content": {"text/plain": {"schema": _STRING}}}
+    if "/" in name:
+        return {"description": "A file", "content": {name: {}}}
     streams, _, schema = name.rpartition(":")
     content: Schema = {"application/json": {"schema": _ref(schema)}}
     if streams:
@@ -238,6 +243,7 @@ _ENDS = [s.value for s in State if s not in {State.QUEUED, State.RUNNING, State.
 
 SCHEMAS: t.Final[dict[str, Schema]] = {
     "Any": _ANY_OBJECT,
+    "PageConfig": _object("login demo", login=_enum("token", "host"), demo=_BOOLEAN),
     "Ok": _object("ok", ok=_BOOLEAN),
     "Error": _object("code message details", code=_STRING, message=_STRING, details=_ANY_OBJECT),
     "TurnRequest": _object(
@@ -370,6 +376,13 @@ _PARAMETERS: t.Final[dict[str, Schema]] = {
         "required": True,
         "description": "The session, named by the client; unique per tenant and user",
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"},
+    },
+    "file": {
+        "name": "file",
+        "in": "path",
+        "required": True,
+        "description": "A file of the page",
+        "schema": _STRING,
     },
     "after": _query("after", "The cursor: the last seq (or id) already seen", _INTEGER),
     "before": _query("before", "Entries older than this id", _INTEGER),
