@@ -252,7 +252,7 @@ export class Conversation {
       this.#becomes(turn, id);
       // It was here before, and has ended.
       if (accepted.reply !== undefined) return void this.open(this.sid);
-      if (turn.state === "sending") turn.waits(status === "queued" ? "Queued…" : "Thinking…");
+      turn.accepted(status);
     }
     if (!this.#reader.running) this.#reader.start(cursor);
     this.on.changed();

@@ -115,6 +115,13 @@ export class Turn {
     this.foot.replaceChildren();
   }
 
+  /** The server has it. */
+  accepted(status) {
+    if (this.state !== "sending") return;
+    this.state = status === "queued" ? "queued" : "running";
+    this.#shows(status === "queued" ? "Queued…" : "Thinking…");
+  }
+
   stopping() {
     if (!this.live) return;
     this.state = "stopping";
@@ -162,23 +169,32 @@ export class Turn {
 
   on_tool_start({ call_id: call, tool, args }, { ts }) {
     this.#pauseText();
-    const card = new ToolCard(tool, args, ts);
-    this.#tools.set(call, card);
-    this.answer.append(card.element);
+    this.#card(call, tool, args, ts);
     this.#runs(`Using ${tool}…`);
   }
 
-  on_tool_output({ call_id: call, chunk }) {
-    this.#tools.get(call)?.output(chunk);
+  /** Its card; after a gap its start may not have been heard. */
+  #card(call, tool, args, ts) {
+    let card = this.#tools.get(call);
+    if (card) return card;
+    card = new ToolCard(tool, args, ts);
+    this.#tools.set(call, card);
+    this.answer.append(card.element);
+    return card;
   }
 
-  on_tool_complete({ call_id: call, status, duration_ms: ms }) {
-    this.#tools.get(call)?.complete(status, ms);
+  on_tool_output({ call_id: call, tool, chunk }) {
+    this.#card(call, tool).output(chunk);
+    this.#runs(`Using ${tool}…`);
+  }
+
+  on_tool_complete({ call_id: call, tool, status, duration_ms: ms }) {
+    this.#card(call, tool).complete(status, ms);
     this.#runs("Thinking…");
   }
 
-  on_tool_result({ call_id: call, content, truncated }) {
-    this.#tools.get(call)?.result(content, truncated);
+  on_tool_result({ call_id: call, tool, content, truncated }) {
+    this.#card(call, tool).result(content, truncated);
   }
 
   on_tool_confirmation(data, event) {

@@ -82,6 +82,14 @@ SCRIPTS: dict[str, t.Callable[[str], list[Step]]] = {
     ],
     "hostile": lambda gate: scripts.hostile(hold(gate)),
     "launch": lambda gate: scripts.launch(hold(gate)),
+    "flood": lambda gate: [
+        emit("tool_start", tool="t", call_id="c", args={}),
+        *[emit("tool_output", tool="t", call_id="c", chunk=f"{n} {'x' * 900}\n") for n in range(20)],
+        emit("tool_complete", tool="t", call_id="c", status="ok", duration_ms=1),
+        emit("llm_text", chunk="flooded "),
+        hold(gate),
+        say("the end"),
+    ],
     "long": lambda gate: [say(*[f"Paragraph {n}.\n\n" for n in range(200)])],
 }
 

@@ -1,0 +1,308 @@
+"""What a page lives through: reloads, lost networks and workers, other tabs, proxies, old tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Route
+from playwright.sync_api import expect
+
+from agentao_web import Principal
+from agentao_web.auth import Tokens
+from tests.live.harness import KEY
+from tests.live.harness import Server
+from tests.live.harness import eventually
+from tests.live.harness import token
+from tests.live.nginx import Nginx
+from tests.page.conftest import APP
+from tests.page.conftest import Opened
+from tests.page.conftest import Tab
+
+pytestmark = pytest.mark.live
+
+BROKEN = [r"Failed to load resource: net::"]
+
+
+def test_a_reload_in_the_middle_of_a_turn_loses_nothing(tab: Tab, fresh: str) -> None:
+    tab.say("first")
+    expect(tab.turn().locator(".prose")).to_have_text("You wrote: first")
+    tab.say(f"slow {fresh}")
+    expect(tab.turn(1).locator(".prose")).to_have_text("first half,")
+    tab.box.fill("a draft")
+    for _ in range(2):
+        tab.page.reload()
+        tab.ready()
+        expect(tab.turn().locator(".prose")).to_have_text("You wrote: first")
+        expect(tab.turn(1).locator(".said")).to_have_text(f"slow {fresh}")
+        expect(tab.turn(1).locator(".prose")).to_have_text("first half,")
+        expect(tab.box).to_have_value("a draft")
+        expect(tab.button("Stop")).to_be_visible()
+    tab.gate(fresh)
+    expect(tab.turn(1).locator(".prose")).to_have_text("first half, second half")
+    expect(tab.page.locator(".turn")).to_have_count(2)
+
+
+def test_a_question_survives_a_reload_and_what_ended_is_remembered(tab: Tab, fresh: str) -> None:
+    tab.say(f"approve {fresh}")
+    expect(tab.page.locator(".card.question")).to_contain_text("May it run")
+    tab.page.reload()
+    tab.ready()
+    expect(tab.page.locator(".card.question")).to_have_count(1)
+    tab.button("Deny").click()
+    expect(tab.turn().locator(".prose")).to_have_text("You said: False")
+    tab.say("crash")
+    expect(tab.turn(1).locator(".notice.bad")).to_be_visible()
+    tab.page.reload()
+    tab.ready()
+    expect(tab.turn().locator(".card.tool summary")).to_contain_text("write_file")
+    expect(tab.turn().locator(".card.tool .chip")).to_have_text("Not run")
+    expect(tab.turn(1).locator(".notice.bad")).to_have_text("This turn failed.")
+    expect(tab.turn(1).get_by_role("button", name="Try again")).to_be_visible()
+
+
+def test_without_a_network_it_waits_and_goes_on_where_it_was(tab: Tab, fresh: str) -> None:
+    tab.allowed += BROKEN
+    tab.say(f"slow {fresh}")
+    expect(tab.turn().locator(".prose")).to_have_text("first half,")
+    tab.page.context.set_offline(True)
+    expect(tab.page.locator("#connection")).to_contain_text("No connection")
+    tab.gate(fresh)
+    tab.box.fill("written offline")
+    tab.box.press("Enter")
+    expect(tab.turn(1).locator(".progress")).to_contain_text("No connection")
+    tab.page.context.set_offline(False)
+    expect(tab.turn().locator(".prose")).to_have_text("first half, second half")
+    expect(tab.turn(1).locator(".prose")).to_have_text("You wrote: written offline")
+    expect(tab.page.locator("#connection")).to_be_hidden()
+    expect(tab.page.locator(".turn")).to_have_count(2)
+
+
+def test_a_post_whose_answer_is_lost_is_sent_again_but_taken_once(tab: Tab) -> None:
+    tab.allowed += BROKEN
+    sent: list[tuple[str | None, str | None]] = []
+
+    def lose(route: Route) -> None:
+        request = route.request
+        if request.method != "POST":
+            return route.continue_()
+        sent.append((request.headers.get("idempotency-key"), request.post_data))
+        if len(sent) > 2:
+            return route.continue_()
+        # It arrives; its answer does not.
+        route.fetch()
+        route.abort("connectionreset")
+
+    tab.page.route("**/chat/*", lose)
+    tab.say("only once")
+    expect(tab.turn().locator(".prose")).to_have_text("You wrote: only once")
+    eventually(lambda: tab.page.wait_for_timeout(20) or len(sent) == 3, "not sent again")
+    assert len(set(sent)) == 1 and json.loads(sent[0][1] or "")["on_disconnect"] == "continue"
+    tab.page.reload()
+    tab.ready()
+    expect(tab.page.locator(".turn")).to_have_count(1)
+
+
+def test_a_message_whose_page_went_before_the_answer_is_there_once(tab: Tab) -> None:
+    tab.allowed += BROKEN
+
+    def lose(route: Route) -> None:
+        if route.request.method != "POST":
+            return route.continue_()
+        route.fetch()
+        # Never answered.
+
+    tab.page.route("**/chat/*", lose)
+    tab.say("hello there")
+    expect(tab.turn().locator(".said")).to_have_text("hello there")
+    tab.page.wait_for_function("sessionStorage['agentao-pending']")
+    tab.page.unroute_all(behavior="ignoreErrors")
+    tab.page.reload()
+    tab.ready()
+    expect(tab.turn().locator(".prose")).to_have_text("You wrote: hello there")
+    tab.page.wait_for_function("!sessionStorage['agentao-pending']")
+    expect(tab.page.locator(".turn")).to_have_count(1)
+
+
+def test_the_turn_of_a_worker_that_dies_is_told_and_tried_again(
+    browse: Opened, tmp_path: Path, fresh: str
+) -> None:
+    with Server(tmp_path, app=APP, AGENTAO_WORKER_LEASE="2") as server:
+        tab = browse(at=server).open()
+        tab.allowed += BROKEN
+        tab.say(f"slow {fresh}")
+        expect(tab.turn().locator(".prose")).to_have_text("first half,")
+        (worker,) = server.workers()
+        server.signal(signal.SIGKILL, worker)
+        expect(tab.turn().locator(".notice.bad")).to_contain_text("is gone")
+        expect(tab.turn().locator(".prose")).to_have_text("first half,")
+        tab.turn().get_by_role("button", name="Try again").click()
+        expect(tab.turn(1).locator(".prose")).to_have_text("first half,")
+        tab.gate(fresh)
+        expect(tab.turn(1).locator(".prose")).to_have_text("first half, second half")
+
+
+def test_behind_a_proxy_that_holds_streams_back_it_polls(
+    browse: Opened, tmp_path: Path, fresh: str
+) -> None:
+    def hold_back(text: str) -> str:
+        # gzip collects before it sends.
+        assert "gzip_types " in text
+        return text.replace("gzip_types ", "gzip_types text/event-stream ")
+
+    with (
+        Server(tmp_path, app=APP, addresses=1) as server,
+        Nginx(tmp_path, server.upstreams, edit=hold_back) as nginx,
+    ):
+        tab = browse(at=server, url=nginx.url, ignore_https_errors=True).open()
+        asked: list[str] = []
+        tab.page.on("request", lambda request: asked.append(request.url))
+        tab.say(f"slow {fresh}")
+        expect(tab.turn().locator(".prose")).to_have_text("first half,")
+        tab.gate(fresh)
+        expect(tab.turn().locator(".prose")).to_have_text("first half, second half")
+        tab.say(f"slow {fresh}-2")
+        expect(tab.turn(1).locator(".prose")).to_have_text("first half,")
+        tab.gate(f"{fresh}-2")
+        expect(tab.turn(1).locator(".prose")).to_have_text("first half, second half")
+        assert sum("follow=1" in url for url in asked) == 1, asked
+        assert sum("wait=25" in url for url in asked) >= 3, asked
+
+
+def test_through_nginx_and_several_workers_it_streams(
+    browse: Opened, tmp_path: Path, fresh: str
+) -> None:
+    with (
+        Server(tmp_path, app=APP, addresses=2) as server,
+        Nginx(tmp_path, server.upstreams) as nginx,
+    ):
+        tab = browse(at=server, url=nginx.url, ignore_https_errors=True).open()
+        asked: list[str] = []
+        tab.page.on("request", lambda request: asked.append(request.url))
+        tab.say("markdown")
+        expect(tab.turn().locator(".hljs-keyword").first).to_have_text("def")
+        tab.say(f"approve {fresh}")
+        tab.button("Allow once").click()
+        expect(tab.turn(1).locator(".prose")).to_have_text("You said: True")
+        expect(tab.chats).to_have_text(["markdown"])
+        assert any("follow=1" in url for url in asked)
+        assert not any("wait=25" in url for url in asked)
+
+
+def test_with_no_place_for_a_stream_it_polls_without_waiting(
+    browse: Opened, tmp_path: Path, fresh: str
+) -> None:
+    with Server(tmp_path, "--threads", "4", app=APP) as server:
+        tab = browse(at=server).open()
+        tab.allowed.append("503")
+        others = [server.follow("other", "?follow=1") for _ in range(3)]
+        server.ask("other", "hello")
+        for other in others:
+            other.__enter__()
+        try:
+            tab.say(f"slow {fresh}")
+            expect(tab.turn().locator(".prose")).to_have_text("first half,")
+            tab.gate(fresh)
+            expect(tab.turn().locator(".prose")).to_have_text("first half, second half")
+        finally:
+            for other in others:
+                other.__exit__(None, None, None)
+
+
+def test_two_tabs_of_one_chat_are_both_live(browse: Opened, fresh: str) -> None:
+    who = f"two-{fresh}"
+    one = browse(who=who).open()
+    one.say("hello")
+    expect(one.turn().locator(".prose")).to_have_text("You wrote: hello")
+    other = browse(who=who, context=one.page.context).open(hash=one.sid)
+    expect(other.turn().locator(".prose")).to_have_text("You wrote: hello")
+    one.say(f"slow {fresh}")
+    expect(other.turn(1).locator(".said")).to_have_text(f"slow {fresh}")
+    expect(other.turn(1).locator(".prose")).to_have_text("first half,")
+    one.gate(fresh)
+    for tab in (one, other):
+        expect(tab.turn(1).locator(".prose")).to_have_text("first half, second half")
+    other.say(f"approve {fresh}")
+    expect(one.turn(2).locator(".card.question")).to_contain_text("May it run")
+    expect(other.turn(2).locator(".card.question")).to_contain_text("May it run")
+    one.button("Allow once").click()
+    expect(other.turn(2).locator(".outcome")).to_have_text(f"Allowed by {who}")
+    for tab in (one, other):
+        expect(tab.turn(2).locator(".prose")).to_have_text("You said: True")
+        expect(tab.page.locator(".turn")).to_have_count(3)
+
+
+def test_a_chat_deleted_elsewhere_is_left(browse: Opened, server: Server, fresh: str) -> None:
+    tab = browse(who=fresh).open()
+    tab.say(f"slow {fresh}")
+    expect(tab.turn().locator(".prose")).to_have_text("first half,")
+    headers = {"Authorization": f"Bearer {token(user=fresh)}"}
+    assert server.client.delete(f"/session/{tab.sid}", headers=headers).json()["ok"]
+    expect(tab.page.locator("#trouble")).to_contain_text("That chat was deleted.")
+    expect(tab.page.locator(".turn")).to_have_count(0)
+    tab.say("a new one")
+    expect(tab.turn().locator(".prose")).to_have_text("You wrote: a new one")
+
+
+def test_a_token_that_ends_is_asked_for_again_and_nothing_is_lost(
+    browse: Opened, server: Server, fresh: str
+) -> None:
+    tab = browse(who=None)
+    tab.allowed.append("401")
+    short = Tokens([KEY]).issue(Principal("acme", fresh), ttl=4)
+    until = time.time() + 4
+    tab.page.goto(tab.url)
+    tab.page.get_by_label("Access token").fill(short)
+    tab.button("Continue").click()
+    tab.ready()
+    tab.say(f"slow {fresh}")
+    expect(tab.turn().locator(".prose")).to_have_text("first half,")
+    headers = {"Authorization": f"Bearer {short}"}
+    eventually(
+        lambda: time.time() > until
+        and httpx.get(server.url + "/sessions", headers=headers, trust_env=False).status_code == 401,
+        "the token does not end",
+    )
+    tab.box.fill("and now?")
+    tab.button("Send after this answer").click()
+    dialog = tab.page.get_by_role("dialog")
+    expect(dialog).to_contain_text("Please sign in again")
+    tab.page.keyboard.press("Escape")
+    expect(dialog).to_be_visible()
+    dialog.get_by_label("Access token").fill(token(user=fresh))
+    tab.button("Continue").click()
+    expect(dialog).to_be_hidden()
+    tab.gate(fresh)
+    expect(tab.turn().locator(".prose")).to_have_text("first half, second half")
+    expect(tab.turn(1).locator(".prose")).to_have_text("You wrote: and now?")
+
+
+def test_a_question_nobody_answers_expires_in_the_page_too(
+    browse: Opened, tmp_path: Path, fresh: str
+) -> None:
+    with Server(tmp_path, app=APP, AGENTAO_QUESTION_TIMEOUT="2") as server:
+        tab = browse(at=server).open()
+        tab.say(f"approve {fresh}")
+        expect(tab.turn().locator(".outcome")).to_contain_text("Expired: nobody answered")
+        expect(tab.turn().locator(".prose")).to_have_text("You said: False")
+
+
+def test_what_the_log_does_not_keep_is_shown_from_its_end(
+    browse: Opened, tmp_path: Path, fresh: str
+) -> None:
+    with Server(tmp_path, app=APP, AGENTAO_LOG_BYTES="4096") as server:
+        tab = browse(at=server).open()
+        tab.say(f"flood {fresh}")
+        for _ in range(2):
+            expect(tab.turn()).to_contain_text("A part of this answer is not kept any more.")
+            expect(tab.button("Stop")).to_be_visible()
+            tab.page.reload()
+            tab.ready()
+        tab.gate(fresh)
+        expect(tab.turn().locator(".progress")).to_be_hidden()
+        expect(tab.turn().locator(".prose")).to_have_text("the end")
