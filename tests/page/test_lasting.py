@@ -151,9 +151,14 @@ def test_behind_a_proxy_that_holds_streams_back_it_polls(
     browse: Opened, tmp_path: Path, fresh: str
 ) -> None:
     def hold_back(text: str) -> str:
-        # gzip collects before it sends.
-        assert "gzip_types " in text
-        return text.replace("gzip_types ", "gzip_types text/event-stream ")
+        for old, new in (
+            ("gzip_types ", "gzip_types text/event-stream "),
+            ("proxy_read_timeout 90s;", "proxy_read_timeout 90s; proxy_buffering on;"),
+            ("proxy_buffering on;", "proxy_buffering on; proxy_ignore_headers X-Accel-Buffering;"),
+        ):
+            assert old in text
+            text = text.replace(old, new)
+        return text
 
     with (
         Server(tmp_path, app=APP, addresses=1) as server,
@@ -299,10 +304,11 @@ def test_what_the_log_does_not_keep_is_shown_from_its_end(
         tab = browse(at=server).open()
         tab.say(f"flood {fresh}")
         for _ in range(2):
-            expect(tab.turn()).to_contain_text("A part of this answer is not kept any more.")
+            expect(tab.turn()).to_contain_text(re.compile("flooded|is not kept any more"))
             expect(tab.button("Stop")).to_be_visible()
             tab.page.reload()
             tab.ready()
+            expect(tab.turn()).to_contain_text("A part of this answer is not kept any more.")
         tab.gate(fresh)
         expect(tab.turn().locator(".progress")).to_be_hidden()
-        expect(tab.turn().locator(".prose")).to_have_text("the end")
+        expect(tab.turn().locator(".prose").last).to_have_text(re.compile(r"the end\s*$"))
