@@ -9,7 +9,9 @@ const TOKEN = "agentao-token";
 /** The server said no: {code, message, details} and its status. */
 export class ApiError extends Error {
   constructor(status, body, retryAfter) {
-    super(body?.message || `The server answered with status ${status}.`);
+    const limit = body?.details?.limit;
+    const most = typeof limit === "number" ? ` (limit: ${limit.toLocaleString("en")})` : "";
+    super(`${body?.message || `The server answered with status ${status}.`}${most}`);
     this.status = status;
     this.code = body?.code || "unknown";
     this.details = body?.details || {};

@@ -245,16 +245,20 @@ export class Conversation {
 
   #started(turn, accepted) {
     const { turn_id: id, cursor, status } = accepted;
+    const ended = accepted.reply !== undefined;
     if (this.#turns.has(id) && this.#turns.get(id) !== turn) {
       this.#sending.delete(turn);
       turn.element.remove();
     } else if (this.#sending.has(turn)) {
       this.#becomes(turn, id);
-      // It was here before, and has ended.
-      if (accepted.reply !== undefined) return void this.open(this.sid);
       turn.accepted(status);
     }
-    if (!this.#reader.running) this.#reader.start(cursor);
+    if (ended && this.#reader.running && this.#reader.cursor >= cursor && turn.live) {
+      // It was sent before, and all of it has gone by.
+      return void this.open(this.sid);
+    }
+    // Of one that has ended already the cursor is its end.
+    if (!this.#reader.running) this.#reader.start(ended ? 0 : cursor);
     this.on.changed();
   }
 

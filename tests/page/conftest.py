@@ -30,7 +30,7 @@ CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 AXE = Path(__file__).parent / "axe.min.js"
 _numbers = itertools.count()
 
-expect.set_options(timeout=PATIENCE * 1000)
+expect.set_options(timeout=float(os.environ.get("PEEK", PATIENCE)) * 1000)
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +61,13 @@ class Tab:
     foreign: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.page.set_default_timeout(PATIENCE * 1000)
-        self.page.on("console", lambda message: self._hear(message.type, message.text))
+        self.page.set_default_timeout(float(os.environ.get("PEEK", PATIENCE)) * 1000)
+        self.page.on(
+            "console",
+            lambda message: self._hear(
+                message.type, message.text + (str(message.location) if "PEEK" in os.environ else "")
+            ),
+        )
         self.page.on("pageerror", lambda error: self.said.append(f"uncaught: {error}"))
         self.page.on("request", lambda request: self._ask(request.url))
 
@@ -133,9 +138,7 @@ def context_of(chromium: Browser) -> cabc.Iterator[cabc.Callable[..., BrowserCon
 
 
 @pytest.fixture
-def browse(
-    context_of: cabc.Callable[..., BrowserContext], server: Server
-) -> cabc.Iterator[Opened]:
+def browse(context_of: cabc.Callable[..., BrowserContext], server: Server) -> cabc.Iterator[Opened]:
     """Opens tabs; each is checked when the test is over.
 
     *who* is the user that is signed in, None for nobody.
@@ -154,9 +157,7 @@ def browse(
         tab = Tab(context.new_page(), url or (at or server).url, at or server)
         if who is not None:
             signed = token(user=who or f"user-{os.getpid()}-{next(_numbers)}")
-            tab.page.add_init_script(
-                f"sessionStorage['agentao-token'] ??= {signed!r}"
-            )
+            tab.page.add_init_script(f"sessionStorage['agentao-token'] ??= {signed!r}")
         tabs.append(tab)
         return tab
 

@@ -64,10 +64,15 @@ def tool(gate: str) -> list[Step]:
 
 SCRIPTS: dict[str, t.Callable[[str], list[Step]]] = {
     "slow": lambda gate: [say("first half, "), hold(gate), say("second half")],
-    "markdown": lambda gate: [say(*scripts.MARKDOWN), hold(gate)] if gate else [say(*scripts.MARKDOWN)],
+    "markdown": lambda gate: (
+        [say(*scripts.MARKDOWN), hold(gate)] if gate else [say(*scripts.MARKDOWN)]
+    ),
     "tool": tool,
     "approve": lambda gate: [ask("write_file", file_path=f"{gate}.txt", content="x"), answered],
-    "twice": lambda gate: [*[ask("write_file", file_path=f"{gate}.txt", content="x")] * 2, answered],
+    "twice": lambda gate: [
+        *[ask("write_file", file_path=f"{gate}.txt", content="x")] * 2,
+        answered,
+    ],
     "choose": lambda gate: [ask_user("Which colour?", "red", "green", header="Colour"), answered],
     "strict": lambda gate: [ask_user("Which one?", "this", "that", allow_custom=False), answered],
     "several": lambda gate: [ask_user("Which ones?", "a", "b", "c", multiple=True), answered],
@@ -84,7 +89,10 @@ SCRIPTS: dict[str, t.Callable[[str], list[Step]]] = {
     "launch": lambda gate: scripts.launch(hold(gate)),
     "flood": lambda gate: [
         emit("tool_start", tool="t", call_id="c", args={}),
-        *[emit("tool_output", tool="t", call_id="c", chunk=f"{n} {'x' * 900}\n") for n in range(20)],
+        *[
+            emit("tool_output", tool="t", call_id="c", chunk=f"{n} {'x' * 900}\n")
+            for n in range(20)
+        ],
         emit("tool_complete", tool="t", call_id="c", status="ok", duration_ms=1),
         emit("llm_text", chunk="flooded "),
         hold(gate),

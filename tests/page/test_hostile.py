@@ -15,7 +15,7 @@ pytestmark = pytest.mark.live
 
 #: What must not be there, wherever in the conversation it would come from.
 FORBIDDEN = (
-    "script, iframe, form.prose, style, base, meta, link, svg:not(.icon), object, embed, video,"
+    "script, iframe, form:not(.custom), style, base, meta, link, svg:not(.icon), object, embed, video,"
     " audio, math, [onerror], [onload], [onclick], [style], [srcdoc]"
 )
 LINKS = """() => [...document.querySelectorAll("#turns a")].map((a) => a.getAttribute("href"))
@@ -25,8 +25,9 @@ LINKS = """() => [...document.querySelectorAll("#turns a")].map((a) => a.getAttr
 def unharmed(tab: Tab) -> None:
     page = tab.page
     assert page.evaluate("window.__pwned") is None
-    expect(page.locator("#main").locator(FORBIDDEN)).to_have_count(0)
+    expect(page.locator("#turns").locator(FORBIDDEN)).to_have_count(0)
     expect(page.locator("#side").locator("script, iframe, style, [onerror]")).to_have_count(0)
+    expect(page.locator("#title *, #trouble-text *, #waiting-for *")).to_have_count(0)
     assert page.evaluate(LINKS) == []
     images = page.locator("#turns img").evaluate_all("all => all.map((one) => one.src)")
     assert all(src.startswith("data:image/") for src in images), images
@@ -34,7 +35,9 @@ def unharmed(tab: Tab) -> None:
     assert set(rels) <= {"noopener noreferrer nofollow"}
     assert page.evaluate("document.getElementById('turns').tagName") == "DIV"
     assert page.evaluate("document.body.tagName") == "BODY"
-    assert page.evaluate("[...document.querySelectorAll('#turns [id]')].every((e) => /^q-/.test(e.id))")
+    assert page.evaluate(
+        "[...document.querySelectorAll('#turns [id]')].every((e) => /^q-/.test(e.id))"
+    )
 
 
 def test_what_agents_say_and_do_never_runs_or_loads(tab: Tab, fresh: str) -> None:
@@ -61,7 +64,7 @@ def test_what_agents_say_and_do_never_runs_or_loads(tab: Tab, fresh: str) -> Non
     unharmed(tab)
 
 
-@pytest.mark.parametrize("number", range(len(scripts.PAYLOADS)))
+@pytest.mark.parametrize("number", range(len(scripts.PAYLOADS) - 1))
 def test_each_payload_alone_is_only_text(tab: Tab, number: int) -> None:
     """As a message, so as a title, and as what is answered to it."""
     tab.say(scripts.PAYLOADS[number])
@@ -71,14 +74,12 @@ def test_each_payload_alone_is_only_text(tab: Tab, number: int) -> None:
     unharmed(tab)
 
 
-def test_ids_and_errors_of_others_are_only_text(
-    browse: Opened, server: Server, fresh: str
-) -> None:
+def test_ids_and_errors_of_others_are_only_text(browse: Opened, server: Server, fresh: str) -> None:
     headers = {"Authorization": f"Bearer {token(user=fresh)}"}
     made = server.client.post(
         "/chat/s", json={"message": "x"}, headers={**headers, "Accept": "application/json"}
     )
-    assert made.status_code == 202
+    made.raise_for_status()
     bad = scripts.PAYLOADS[1]
     tab = browse(who=fresh)
     tab.allowed.append("500|ERR_")
@@ -97,7 +98,7 @@ def test_ids_and_errors_of_others_are_only_text(
 
 def test_the_policy_itself_stops_what_gets_past_everything_else(tab: Tab) -> None:
     """A hole in the sanitizer alone would not be enough."""
-    tab.allowed += ["Content Security Policy", "Trusted ?Type", "TrustedHTML", "violates"]
+    tab.allowed += ["Content Security Policy", "Trusted", "violates"]
     tab.say("hello")
     expect(tab.turn().locator(".prose")).to_have_text("You wrote: hello")
     tried = tab.page.evaluate(
@@ -110,7 +111,8 @@ def test_the_policy_itself_stops_what_gets_past_everything_else(tab: Tab) -> Non
             try { script.textContent = "window.__pwned = 1"; } catch { refused.push("script"); }
             place.append(script);
             const image = document.createElement("img");
-            image.setAttribute("onerror", "window.__pwned = 1");
+            try { image.setAttribute("onerror", "window.__pwned = 1"); }
+            catch { refused.push("attribute"); }
             const loaded = new Promise((resolve) => {
                 image.addEventListener("load", () => resolve("loaded"));
                 image.addEventListener("error", () => resolve("blocked"));
@@ -124,7 +126,7 @@ def test_the_policy_itself_stops_what_gets_past_everything_else(tab: Tab) -> Non
         }""",
         scripts.FOREIGN,
     )
-    assert tried == ["html", "script", "blocked", "fetch", "policy"]
+    assert tried == ["html", "script", "attribute", "blocked", "fetch", "policy"]
     assert tab.page.evaluate("window.__pwned") is None
     # Chromium reports the refused ones as requests; nothing of them left.
     tab.foreign.clear()

@@ -269,8 +269,11 @@ def test_a_token_that_ends_is_asked_for_again_and_nothing_is_lost(
     expect(tab.turn().locator(".prose")).to_have_text("first half,")
     headers = {"Authorization": f"Bearer {short}"}
     eventually(
-        lambda: time.time() > until
-        and httpx.get(server.url + "/sessions", headers=headers, trust_env=False).status_code == 401,
+        lambda: (
+            time.time() > until
+            and httpx.get(server.url + "/sessions", headers=headers, trust_env=False).status_code
+            == 401
+        ),
         "the token does not end",
     )
     tab.box.fill("and now?")
