@@ -522,7 +522,10 @@ def _greet(settings: Settings, bind: str) -> None:
     message = "help" if settings.demo else "hello"
     spaces = Workspaces(settings.root, settings.workspace)
     url = f"http://{bind}"
-    click.echo(f"agentao-web on {url}, answering through {model}. Try:\n")
+    click.echo(f"agentao-web on {url}, answering through {model}.\n")
+    if settings.page:
+        sign_in = f"the token is {DEMO_TOKEN}" if settings.demo else "paste the token below"
+        click.echo(f"  open {url}/    ({sign_in})\n")
     click.echo(f"  curl -N {url}/chat/hello -H 'Authorization: Bearer {bearer}' \\")
     body = json.dumps({"message": message})
     click.echo(f"       -H 'Content-Type: application/json' -d '{body}'\n")

@@ -455,7 +455,7 @@ def openapi_json(parts: Parts) -> Response:
 
 @route("GET", "/", "The chat page", public=True, page=True, responses={200: "text/html"})
 def page(parts: Parts) -> Response:
-    return page_file(parts, "index.html")
+    return _page_file("index.html")
 
 
 @route(
@@ -468,7 +468,11 @@ def page(parts: Parts) -> Response:
     errors=(404,),
 )
 def page_file(parts: Parts, file: str) -> Response:
-    found = chat_page.file(file)
+    return _page_file(file)
+
+
+def _page_file(name: str) -> Response:
+    found = chat_page.file(name)
     if found is None:
         raise NotFound
     return found

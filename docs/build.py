@@ -2,7 +2,7 @@
 
 ``python -m docs.build``: what stands between ``<!-- table: NAME -->`` and ``<!-- /table -->`` is
 made; the rest of a page is written by hand. With ``--check`` nothing is written and a stale page is
-an error.
+an error. With ``--pictures`` the tests that make the pictures are run, and what they made is kept.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import collections.abc as cabc
 import functools
 import json
+import os
 import re
+import subprocess
 import sys
 import tempfile
 import typing as t
@@ -109,6 +111,10 @@ LOG_FIELDS: t.Final = {
 def main(arguments: cabc.Sequence[str] = ()) -> int:
     """Write every page's tables, or with ``--check`` say which pages are stale."""
     check = "--check" in arguments
+    if "--pictures" in arguments:
+        command = [sys.executable, "-m", "pytest", "tests/page/test_pictures.py"]
+        environ = {**os.environ, "AGENTAO_WEB_PICTURES": "docs"}
+        return subprocess.run(command, cwd=HERE.parent, env=environ).returncode
     stale = {page: text for page, text in built().items() if page.read_text("utf-8") != text}
     for page, text in stale.items():
         if check:

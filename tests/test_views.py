@@ -1002,7 +1002,7 @@ def test_the_contract_is_valid_and_complete(web: Make, prefix: str) -> None:
         for method in methods
     }
     served = {
-        (method, rule.rule)
+        (method, rule.rule.replace("<path:", "<"))
         for rule in w.app.url_map.iter_rules()
         if rule.endpoint.startswith("agentao.") and rule.methods is not None
         for method in rule.methods - {"HEAD", "OPTIONS"}

@@ -64,4 +64,5 @@ def told(response: Response) -> Response:
     response.headers.update(HEADERS)
     # Of the content: the same on every machine, whenever it was installed.
     response.add_etag()
-    return response.make_conditional(request)
+    response.make_conditional(request)
+    return response

@@ -17,7 +17,7 @@ export class Conversation {
   #reader = null;
   #visit = null;
 
-  /** *list* is where turns go; *on*: {changed, connection, gone, ended, edit, focusComposer}. */
+  /** *list* is where turns go; *on*: {changed, connection, gone, listed, edit, focusComposer, trouble}. */
   constructor(list, on) {
     this.list = list;
     this.on = on;
@@ -147,7 +147,7 @@ export class Conversation {
   #changed(turn) {
     turn.announce();
     this.on.changed();
-    if (!turn.live && turn.id && turn.state !== "refused") this.on.ended(this.sid);
+    if (!turn.live && turn.id && turn.state !== "refused") this.on.listed();
   }
 
   #turn(id) {
@@ -257,6 +257,7 @@ export class Conversation {
       // It was sent before, and all of it has gone by.
       return void this.open(this.sid);
     }
+    this.on.listed();
     // Of one that has ended already the cursor is its end.
     if (!this.#reader.running) this.#reader.start(ended ? 0 : cursor);
     this.on.changed();

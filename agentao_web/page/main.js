@@ -25,7 +25,7 @@ const conversation = new Conversation($("turns"), {
   changed: () => changed(),
   connection: (good) => connection(good),
   gone: (sid) => gone(sid),
-  ended: () => void sidebar.refresh().then(() => named()),
+  listed: () => void sidebar.refresh().then(() => named()),
   edit: (message, images) => (composer.set(message, images), composer.focus()),
   focusComposer: () => composer.focus(),
   trouble: (error) => trouble(error),

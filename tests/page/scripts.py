@@ -48,7 +48,8 @@ PAYLOADS = [
     f'<img src=x onerror="{SENTINEL}">',
     f'<svg onload="{SENTINEL}"><a href="javascript:{SENTINEL}"><text>x</text></a></svg>',
     f'<svg><style><img src=x onerror="{SENTINEL}"></style></svg>',
-    f'<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror={SENTINEL}&gt;">',
+    "<math><mtext><table><mglyph><style><!--</style>"
+    f'<img title="--&gt;&lt;img src=1 onerror={SENTINEL}&gt;">',
     f'<noscript><p title="</noscript><img src=x onerror={SENTINEL}>"></noscript>',
     f'<iframe srcdoc="<script>parent.{SENTINEL}</script>"></iframe>',
     f'<iframe src="{FOREIGN}/frame"></iframe>',
@@ -61,11 +62,12 @@ PAYLOADS = [
     '<a id="turns" name="body">clobbered</a><form id="composer"><input id="message"></form>',
     '<img name="getElementById"><img name="implementation">',
     f"[click](javascript:{SENTINEL.replace(' ', '')})",
-    f"[click](data:text/html;base64,PHNjcmlwdD4=)",
+    "[click](data:text/html;base64,PHNjcmlwdD4=)",
     f"[click](JaVaScRiPt&colon;{SENTINEL.replace(' ', '')})",
     f"[click](vbscript:x) <javascript:{SENTINEL.replace(' ', '')}>",
-    f"![pixel]({FOREIGN}/pixel.png) ![x](//elsewhere.example/p.png) ![s](data:image/svg+xml;base64,PHN2Zz4=)",
-    f"[here](page/main.js) [hash](#other) [other](//elsewhere.example/x)",
+    f"![pixel]({FOREIGN}/pixel.png) ![x](//elsewhere.example/p.png)",
+    "![svg](data:image/svg+xml;base64,PHN2Zz4=)",
+    "[here](page/main.js) [hash](#other) [other](//elsewhere.example/x)",
     f"[ref]: javascript:{SENTINEL.replace(' ', '')}\n\n[ref]",
     f'```"><script>{SENTINEL}</script>\n<script>{SENTINEL}</script>\n```',
     f"```html\n<img src=x onerror='{SENTINEL}'>\n```",
@@ -95,23 +97,21 @@ def hostile(hold: Step) -> list[Step]:
 
 PICTURED = {"Is the launch checklist complete? Add what is missing."}
 _SEEN = """\
-I read **launch.md**. Two of the five steps have no owner yet:
+I read **launch.md**. Two of the five steps have *no owner* yet:
 
 | Step | Owner | Due |
 | --- | --- | ---: |
-| Freeze the release branch | Mia | Thu |
-| Write the announcement | *nobody* | Thu |
-| Raise the rate limits | *nobody* | Fri |
+| Write the announcement | nobody | Thu |
+| Raise the rate limits | nobody | Fri |
 
 The limits are one line in `deploy/limits.toml`:
 
 ```toml
 [api]
 requests_per_minute = 600   # was 120
-burst = 50
 ```
 
-I would add both as open points, so that nobody has to ask on Friday.
+Shall I note both as open?
 """
 
 

@@ -52,6 +52,13 @@ def test_chats_are_listed_opened_and_begun(tab: Tab) -> None:
     expect(tab.turn().locator(".prose")).to_have_text("You wrote: second chat")
 
 
+def test_a_chat_is_listed_while_its_first_turn_runs(tab: Tab, fresh: str) -> None:
+    tab.say(f"slow {fresh}")
+    expect(tab.turn().locator(".prose")).to_have_text("first half,")
+    expect(tab.chats).to_have_text([f"slow {fresh}"])
+    tab.gate(fresh)
+
+
 def test_a_chat_is_renamed_and_deleted(tab: Tab) -> None:
     tab.say("some chat")
     expect(tab.chats).to_have_text(["some chat"])

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.live
 
 #: What must not be there, wherever in the conversation it would come from.
 FORBIDDEN = (
-    "script, iframe, form:not(.custom), style, base, meta, link, svg:not(.icon), object, embed, video,"
-    " audio, math, [onerror], [onload], [onclick], [style], [srcdoc]"
+    "script, iframe, form:not(.custom), style, base, meta, link, svg:not(.icon), object, embed,"
+    " video, audio, math, [onerror], [onload], [onclick], [style], [srcdoc]"
 )
 LINKS = """() => [...document.querySelectorAll("#turns a")].map((a) => a.getAttribute("href"))
     .filter((href) => href !== null && !/^(https?:|mailto:)/.test(href))"""

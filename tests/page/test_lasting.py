@@ -1,4 +1,4 @@
-"""What a page lives through: reloads, lost networks and workers, other tabs, proxies, old tokens."""
+"""What a page lives through: reloads, lost networks and workers, other tabs, old tokens."""
 
 from __future__ import annotations
 
