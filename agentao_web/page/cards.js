@@ -59,6 +59,7 @@ export class ToolCard {
   }
 
   result(content, truncated) {
+    if (this.body.querySelector(".result")) return;
     const result = h("pre.result", { tabindex: "0", role: "region", "aria-label": `Result of ${this.tool}` });
     result.textContent = content === "" ? "(nothing)" : content;
     this.body.append(h("div.label", {}, truncated ? "Result (shortened)" : "Result"), result);

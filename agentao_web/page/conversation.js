@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { h, randomId } from "./dom.js";
-import { Reader } from "./stream.js";
+import { Reader, kept } from "./stream.js";
 import { Turn } from "./turn.js";
 
 const PENDING = "agentao-pending";
@@ -14,6 +14,7 @@ export class Conversation {
   #sending = new Set();
   #entries = [];
   #more = false;
+  #enriched = false;
   #reader = null;
   #visit = null;
 
@@ -55,7 +56,7 @@ export class Conversation {
     this.#turns.clear();
     this.#sending.clear();
     this.#entries = [];
-    this.#more = false;
+    this.#more = this.#enriched = false;
     this.list.replaceChildren();
     this.#reader = new Reader(sid, {
       event: (event) => here() && this.#event(event),
@@ -135,8 +136,27 @@ export class Conversation {
     }
   }
 
+  /** What the transcript has not, and the log may still have: results of tools, and usage. */
+  async #enrich() {
+    if (this.#enriched) return;
+    this.#enriched = true;
+    const visit = this.#visit;
+    try {
+      for await (const events of kept(this.sid, this.#reader.cursor)) {
+        if (visit !== this.#visit) return;
+        for (const event of events) {
+          const turn = this.#turns.get(event.turn_id);
+          if (turn?.recalled) turn.enrich(event);
+        }
+      }
+    } catch {
+      this.#enriched = false;
+    }
+  }
+
   #act() {
     return {
+      enrich: () => void this.#enrich(),
       reply: (json) => api.answer(this.sid, json),
       retry: (turn) => this.#retry(turn),
       changed: (turn) => this.#changed(turn),

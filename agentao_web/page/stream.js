@@ -148,6 +148,16 @@ export class Reader {
   }
 }
 
+/** Everything that is kept of a session's log up to *end*, a page at a time, without waiting. */
+export async function* kept(sid, end) {
+  for (let after = null; after === null || after < end; ) {
+    const page = await api.call("GET", api.events(sid, { wait: 0, limit: 1000, ...(after === null ? {} : { after }) }));
+    if (!page.events.length) return;
+    yield page.events;
+    after = page.cursor;
+  }
+}
+
 /** Server-Sent Events out of text that comes in any pieces (HTML, 9.2.6); each message is JSON. */
 export class Frames {
   #rest = "";

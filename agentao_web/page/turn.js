@@ -48,6 +48,7 @@ export class Turn {
     this.answer = h("div.answer");
     this.progress = h("div.progress", {}, h("span.dots", { "aria-hidden": "true" }, h("i"), h("i"), h("i")), h("span.now"));
     this.foot = h("div.foot");
+    this.usage = h("span.usage");
     this.element = h("article.turn", { "aria-label": "Turn" }, this.bubble, this.answer, this.progress, this.foot);
     this.#shows("Sending…");
   }
@@ -89,8 +90,25 @@ export class Turn {
     this.#pauseText();
     const card = new ToolCard(tool, args);
     card.complete(status, ms);
+    card.element.addEventListener("toggle", () => this.act.enrich(), { once: true });
     this.#tools.set(call, card);
     this.answer.append(card.element);
+  }
+
+  /** An event of a turn that is shown out of the transcript. */
+  enrich({ type, data }) {
+    if (type === "tool_result") this.#tools.get(data.call_id)?.result(data.content, data.truncated);
+    if (type === "done" || type === "error") this.#spends(data);
+  }
+
+  #spends({ usage = {}, duration_ms: ms, tool_count: tools }) {
+    const spent = [
+      usage.prompt_tokens ? `${usage.prompt_tokens.toLocaleString("en")} tokens in` : null,
+      usage.completion_tokens ? `${usage.completion_tokens.toLocaleString("en")} out` : null,
+      tools ? (tools === 1 ? "1 tool" : `${tools} tools`) : null,
+      ms ? duration(ms) : null,
+    ].filter(Boolean);
+    this.usage.textContent = spent.join(" · ");
   }
 
   /** Begin again: the whole turn comes as events. */
@@ -289,7 +307,7 @@ export class Turn {
     this.progress.classList.toggle("still", this.state === "waiting" || this.state === "queued");
   }
 
-  #ended(status, text, { usage = {}, duration_ms: ms, tool_count: tools }) {
+  #ended(status, text, data) {
     const last = this.#text;
     this.#pauseText();
     for (const card of this.#tools.values()) card.close();
@@ -299,12 +317,7 @@ export class Turn {
     const whole = status === "completed";
     const notice = whole ? null : h(`p.notice${status === "failed" ? ".bad" : ""}`, {}, text ?? ENDINGS[status] ?? status);
     const again = whole ? null : h("button", { type: "button", onclick: () => this.act.retry(this) }, icon("retry"), "Try again");
-    const spent = [
-      usage.prompt_tokens ? `${usage.prompt_tokens.toLocaleString("en")} tokens in` : null,
-      usage.completion_tokens ? `${usage.completion_tokens.toLocaleString("en")} out` : null,
-      tools ? (tools === 1 ? "1 tool" : `${tools} tools`) : null,
-      ms ? duration(ms) : null,
-    ].filter(Boolean);
+    this.#spends(data);
     this.foot.replaceChildren(
       ...[
         notice,
@@ -313,7 +326,7 @@ export class Turn {
           "div.meta",
           {},
           last ? copyButton("Copy answer", () => last.source) : null,
-          spent.length ? h("span.usage", {}, spent.join(" · ")) : null,
+          this.usage,
         ),
       ].filter(Boolean),
     );

@@ -30,7 +30,7 @@ CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 AXE = Path(__file__).parent / "axe.min.js"
 _numbers = itertools.count()
 
-expect.set_options(timeout=float(os.environ.get("PEEK", PATIENCE)) * 1000)
+expect.set_options(timeout=PATIENCE * 1000)
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +48,28 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> cabc.Iterator[Server]:
         yield found
 
 
+@pytest.fixture(scope="session")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> cabc.Iterator[Server]:
+    """A server with little room, little time and a short life of its workers."""
+    limits = {
+        "AGENTAO_LOG_BYTES": "4096",
+        "AGENTAO_MAX_MESSAGE": "40",
+        "AGENTAO_MAX_IMAGE": "10",
+        "AGENTAO_QUESTION_TIMEOUT": "2",
+        "AGENTAO_WORKER_LEASE": "2",
+    }
+    with Server(tmp_path_factory.mktemp("narrow"), app=APP, **limits) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def monolith(tmp_path_factory: pytest.TempPathFactory) -> cabc.Iterator[Server]:
+    """A host with a login of its own, and the page below a prefix."""
+    env = {"TEST_PREFIX": "/agent", "TEST_LOGIN": "cookie"}
+    with Server(tmp_path_factory.mktemp("monolith"), app=APP, **env) as found:
+        yield found
+
+
 @dataclasses.dataclass
 class Tab:
     """One tab of a browser, and what happened in it that must not."""
@@ -61,12 +83,10 @@ class Tab:
     foreign: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.page.set_default_timeout(float(os.environ.get("PEEK", PATIENCE)) * 1000)
+        self.page.set_default_timeout(PATIENCE * 1000)
         self.page.on(
             "console",
-            lambda message: self._hear(
-                message.type, message.text + (str(message.location) if "PEEK" in os.environ else "")
-            ),
+            lambda message: self._hear(message.type, message.text),
         )
         self.page.on("pageerror", lambda error: self.said.append(f"uncaught: {error}"))
         self.page.on("request", lambda request: self._ask(request.url))

@@ -13,7 +13,6 @@ from playwright.sync_api import expect
 
 from tests.live.harness import Server
 from tests.live.harness import token
-from tests.page.conftest import APP
 from tests.page.conftest import Opened
 from tests.page.conftest import Tab
 
@@ -154,62 +153,61 @@ def test_images_are_chosen_pasted_and_dropped(tab: Tab) -> None:
     expect(tab.turn().locator(".bubble")).to_contain_text("2 images")
 
 
-def test_what_is_too_large_is_told_and_can_be_changed(browse: Opened, tmp_path: Path) -> None:
-    with Server(tmp_path, app=APP, AGENTAO_MAX_MESSAGE="10", AGENTAO_MAX_IMAGE="10") as server:
-        tab = browse(at=server).open()
-        tab.allowed.append("Failed to load resource.*(400|413)")
-        tab.say("far too long a message")
-        expect(tab.turn().locator(".notice.bad")).to_have_text("message is too long (limit: 10)")
-        tab.button("Edit").click()
-        expect(tab.box).to_have_value("far too long a message")
-        expect(tab.page.locator(".turn")).to_have_count(0)
-        tab.page.locator("input[type=file]").set_input_files(
-            {"name": "one.png", "mimeType": "image/png", "buffer": png()}
-        )
-        expect(tab.page.locator(".shelf img")).to_have_count(1)
-        tab.say("look")
-        expect(tab.turn().locator(".notice.bad")).to_contain_text(re.compile("image"))
-        tab.button("Edit").click()
-        expect(tab.page.locator(".shelf img")).to_have_count(1)
-        tab.button("Remove one.png").click()
-        tab.say("look")
-        expect(tab.turn().locator(".prose")).to_have_text("You wrote: look")
+def test_what_is_too_large_is_told_and_can_be_changed(browse: Opened, narrow: Server) -> None:
+    tab = browse(at=narrow).open()
+    tab.allowed.append("Failed to load resource.*(400|413)")
+    tab.say("far too long a message " * 2)
+    expect(tab.turn().locator(".notice.bad")).to_have_text("message is too long (limit: 40)")
+    tab.button("Edit").click()
+    expect(tab.box).to_have_value("far too long a message far too long a message")
+    expect(tab.page.locator(".turn")).to_have_count(0)
+    tab.page.locator("input[type=file]").set_input_files(
+        {"name": "one.png", "mimeType": "image/png", "buffer": png()}
+    )
+    expect(tab.page.locator(".shelf img")).to_have_count(1)
+    tab.say("look")
+    expect(tab.turn().locator(".notice.bad")).to_contain_text(re.compile("image"))
+    tab.button("Edit").click()
+    expect(tab.page.locator(".shelf img")).to_have_count(1)
+    tab.button("Remove one.png").click()
+    tab.say("look")
+    expect(tab.turn().locator(".prose")).to_have_text("You wrote: look")
 
 
 def test_behind_a_prefix_and_with_the_hosts_login_no_token_is_asked_for(
-    browse: Opened, tmp_path: Path, fresh: str
+    browse: Opened, monolith: Server, fresh: str
 ) -> None:
-    with Server(tmp_path, app=APP, TEST_PREFIX="/agent", TEST_LOGIN="cookie") as server:
-        tab = browse(at=server, who=None)
-        tab.page.context.request.get(server.url + "/login/ann")
-        tab.page.goto(server.url + "/agent")
-        tab.ready()
-        assert tab.page.url.startswith(server.url + "/agent/#")
-        expect(tab.page.get_by_role("dialog")).to_have_count(0)
-        tab.say(f"approve {fresh}")
-        tab.button("Allow once").click()
-        expect(tab.turn().locator(".prose")).to_have_text("You said: True")
-        expect(tab.button("Forget my token")).to_be_hidden()
-        tab.chats.first.hover()
-        tab.button(f"Delete approve {fresh}").click()
-        tab.page.get_by_role("dialog").get_by_role("button", name="Delete").click()
-        expect(tab.chats).to_have_count(0)
+    tab = browse(at=monolith, who=None)
+    tab.page.context.request.get(f"{monolith.url}/login/{fresh}")
+    tab.page.goto(monolith.url + "/agent")
+    tab.ready()
+    assert tab.page.url.startswith(monolith.url + "/agent/#")
+    expect(tab.page.get_by_role("dialog")).to_have_count(0)
+    tab.say(f"approve {fresh}")
+    tab.button("Allow once").click()
+    expect(tab.turn().locator(".prose")).to_have_text("You said: True")
+    expect(tab.button("Forget my token")).to_be_hidden()
+    tab.chats.first.hover()
+    tab.button(f"Delete approve {fresh}").click()
+    tab.page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(tab.chats).to_have_count(0)
 
 
-def test_a_login_of_the_hosts_that_ends_is_asked_for_again(browse: Opened, tmp_path: Path) -> None:
-    with Server(tmp_path, app=APP, TEST_PREFIX="/agent", TEST_LOGIN="cookie") as server:
-        tab = browse(at=server, who=None)
-        tab.allowed.append("401")
-        tab.page.context.request.get(server.url + "/login/ann")
-        tab.open("/agent/")
-        tab.page.context.request.get(server.url + "/logout")
-        tab.say("am I in?")
-        dialog = tab.page.get_by_role("dialog")
-        expect(dialog).to_contain_text("Sign in there, in another tab")
-        expect(dialog.get_by_label("Access token")).to_have_count(0)
-        tab.page.context.request.get(server.url + "/login/ann")
-        tab.button("I have signed in").click()
-        expect(tab.turn().locator(".prose")).to_have_text("You wrote: am I in?")
+def test_a_login_of_the_hosts_that_ends_is_asked_for_again(
+    browse: Opened, monolith: Server, fresh: str
+) -> None:
+    tab = browse(at=monolith, who=None)
+    tab.allowed.append("401")
+    tab.page.context.request.get(f"{monolith.url}/login/{fresh}")
+    tab.open("/agent/")
+    tab.page.context.request.get(monolith.url + "/logout")
+    tab.say("am I in?")
+    dialog = tab.page.get_by_role("dialog")
+    expect(dialog).to_contain_text("Sign in there, in another tab")
+    expect(dialog.get_by_label("Access token")).to_have_count(0)
+    tab.page.context.request.get(f"{monolith.url}/login/{fresh}")
+    tab.button("I have signed in").click()
+    expect(tab.turn().locator(".prose")).to_have_text("You wrote: am I in?")
 
 
 def test_the_demo_offers_its_token_and_works_with_real_agents(

@@ -66,6 +66,49 @@ def test_a_question_survives_a_reload_and_what_ended_is_remembered(tab: Tab, fre
     expect(tab.turn(1).get_by_role("button", name="Try again")).to_be_visible()
 
 
+def test_results_of_tools_are_found_again_after_a_reload(tab: Tab, fresh: str) -> None:
+    tab.gate(fresh)
+    tab.say(f"tool {fresh}")
+    expect(tab.turn().locator(".result")).to_contain_text("second line")
+    expect(tab.turn().locator(".progress")).to_be_hidden()
+    told = tab.turn().locator(".usage").inner_text()
+    tab.page.reload()
+    tab.ready()
+    card = tab.turn().locator(".card.tool")
+    expect(card.locator(".time")).to_have_text("1.2 s")
+    expect(card.locator(".result")).to_have_count(0)
+    card.locator("summary").click()
+    expect(card.locator(".result")).to_contain_text("second line")
+    expect(tab.turn().locator(".usage")).to_have_text(told)
+
+
+def test_a_busy_session_that_the_page_knows_nothing_of_is_a_choice(
+    browse: Opened, server: Server, fresh: str
+) -> None:
+    tab = browse(who=fresh).open()
+    tab.allowed += [*BROKEN, "409"]
+    tab.say("hello")
+    expect(tab.turn().locator(".prose")).to_have_text("You wrote: hello")
+    tab.page.route("**/events?*", lambda route: route.abort())
+    tab.page.evaluate("dispatchEvent(new Event('online'))")
+    expect(tab.page.locator("#connection")).to_be_visible()
+    headers = {"Authorization": f"Bearer {token(user=fresh)}", "Accept": "application/json"}
+    begun = server.client.post(
+        f"/chat/{tab.sid}", json={"message": f"slow {fresh}"}, headers=headers
+    )
+    assert begun.status_code == 202
+    tab.say("me too")
+    expect(tab.turn(1).locator(".notice.bad")).to_contain_text("still busy")
+    tab.button("Send after it").click()
+    expect(tab.turn(1).locator(".said")).to_have_text("me too")
+    tab.page.unroute_all(behavior="ignoreErrors")
+    expect(tab.page.locator(".turn")).to_have_count(3)
+    tab.gate(fresh)
+    said = tab.page.locator(".turn .prose")
+    for text in ("You wrote: hello", "first half, second half", "You wrote: me too"):
+        expect(said.filter(has_text=text)).to_have_count(1)
+
+
 def test_without_a_network_it_waits_and_goes_on_where_it_was(tab: Tab, fresh: str) -> None:
     tab.allowed += BROKEN
     tab.say(f"slow {fresh}")
@@ -130,21 +173,20 @@ def test_a_message_whose_page_went_before_the_answer_is_there_once(tab: Tab) -> 
 
 
 def test_the_turn_of_a_worker_that_dies_is_told_and_tried_again(
-    browse: Opened, tmp_path: Path, fresh: str
+    browse: Opened, narrow: Server, fresh: str
 ) -> None:
-    with Server(tmp_path, app=APP, AGENTAO_WORKER_LEASE="2") as server:
-        tab = browse(at=server).open()
-        tab.allowed += BROKEN
-        tab.say(f"slow {fresh}")
-        expect(tab.turn().locator(".prose")).to_have_text("first half,")
-        (worker,) = server.workers()
-        server.signal(signal.SIGKILL, worker)
-        expect(tab.turn().locator(".notice.bad")).to_contain_text("is gone")
-        expect(tab.turn().locator(".prose")).to_have_text("first half,")
-        tab.turn().get_by_role("button", name="Try again").click()
-        expect(tab.turn(1).locator(".prose")).to_have_text("first half,")
-        tab.gate(fresh)
-        expect(tab.turn(1).locator(".prose")).to_have_text("first half, second half")
+    tab = browse(at=narrow).open()
+    tab.allowed += BROKEN
+    tab.say(f"slow {fresh}")
+    expect(tab.turn().locator(".prose")).to_have_text("first half,")
+    (worker,) = narrow.workers()
+    narrow.signal(signal.SIGKILL, worker)
+    expect(tab.turn().locator(".notice.bad")).to_contain_text("is gone")
+    expect(tab.turn().locator(".prose")).to_have_text("first half,")
+    tab.turn().get_by_role("button", name="Try again").click()
+    expect(tab.turn(1).locator(".prose")).to_have_text("first half,")
+    tab.gate(fresh)
+    expect(tab.turn(1).locator(".prose")).to_have_text("first half, second half")
 
 
 def test_behind_a_proxy_that_holds_streams_back_it_polls(
@@ -291,27 +333,25 @@ def test_a_token_that_ends_is_asked_for_again_and_nothing_is_lost(
 
 
 def test_a_question_nobody_answers_expires_in_the_page_too(
-    browse: Opened, tmp_path: Path, fresh: str
+    browse: Opened, narrow: Server, fresh: str
 ) -> None:
-    with Server(tmp_path, app=APP, AGENTAO_QUESTION_TIMEOUT="2") as server:
-        tab = browse(at=server).open()
-        tab.say(f"approve {fresh}")
-        expect(tab.turn().locator(".outcome")).to_contain_text("Expired: nobody answered")
-        expect(tab.turn().locator(".prose")).to_have_text("You said: False")
+    tab = browse(at=narrow).open()
+    tab.say(f"approve {fresh}")
+    expect(tab.turn().locator(".outcome")).to_contain_text("Expired: nobody answered")
+    expect(tab.turn().locator(".prose")).to_have_text("You said: False")
 
 
 def test_what_the_log_does_not_keep_is_shown_from_its_end(
-    browse: Opened, tmp_path: Path, fresh: str
+    browse: Opened, narrow: Server, fresh: str
 ) -> None:
-    with Server(tmp_path, app=APP, AGENTAO_LOG_BYTES="4096") as server:
-        tab = browse(at=server).open()
-        tab.say(f"flood {fresh}")
-        for _ in range(2):
-            expect(tab.turn()).to_contain_text(re.compile("flooded|is not kept any more"))
-            expect(tab.button("Stop")).to_be_visible()
-            tab.page.reload()
-            tab.ready()
-            expect(tab.turn()).to_contain_text("A part of this answer is not kept any more.")
-        tab.gate(fresh)
-        expect(tab.turn().locator(".progress")).to_be_hidden()
-        expect(tab.turn().locator(".prose").last).to_have_text(re.compile(r"the end\s*$"))
+    tab = browse(at=narrow).open()
+    tab.say(f"flood {fresh}")
+    for _ in range(2):
+        expect(tab.turn()).to_contain_text(re.compile("flooded|is not kept any more"))
+        expect(tab.button("Stop")).to_be_visible()
+        tab.page.reload()
+        tab.ready()
+        expect(tab.turn()).to_contain_text("A part of this answer is not kept any more.")
+    tab.gate(fresh)
+    expect(tab.turn().locator(".progress")).to_be_hidden()
+    expect(tab.turn().locator(".prose").last).to_have_text(re.compile(r"the end\s*$"))

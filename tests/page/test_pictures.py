@@ -18,7 +18,7 @@ from tests.page.test_access import PHONE
 
 pytestmark = pytest.mark.live
 
-WIDE = {"viewport": {"width": 1180, "height": 900}}
+WIDE = {"viewport": {"width": 1180, "height": 965}}
 EARLIER = [
     "Why was the nightly backup late?",
     "Draft the release notes for 2.4",
