@@ -65,7 +65,7 @@ def operations(app: Flask) -> dict[str, t.Any]:
 
 
 def _label(route: Route) -> str:
-    return f"{route.method} {route.path.replace('<', '{').replace('>', '}')}"
+    return f"{route.method} {route.path.replace('<path:', '<').replace('<', '{').replace('>', '}')}"
 
 
 #: The document is not in the document; what takes nothing cannot be asked wrongly.
