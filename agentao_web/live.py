@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import collections.abc as cabc
 import contextlib
+import dataclasses
 import threading
 import typing as t
 
@@ -139,6 +140,10 @@ class Live:
         self._queue: collections.deque[LiveTurn] = collections.deque()
         self._told: set[str] = set()
         """Queued turns whose end was written under the present claim."""
+        self._ends: dict[int, LiveTurn | None] = {}
+        """The numbers of those ends that the store does not have yet, and which are of ours."""
+        self._sealed: int | None = None
+        """The first of them: it is shown when it is in the store, and so is what follows."""
         self._readers: set[Audience] = set()
         self._looks: set[threading.Event] = set()
 
@@ -153,6 +158,12 @@ class Live:
     def head(self) -> int:
         """The last number there is, here or written by another worker."""
         return max(self._log.head, self._remote_head)
+
+    @property
+    def shown(self) -> int:
+        """The last number that may be shown."""
+        sealed = self._sealed
+        return self.head if sealed is None else sealed - 1
 
     @property
     def owned(self) -> bool:
@@ -294,6 +305,7 @@ class Live:
                 self._log.claim(claim.generation)
             self._log.add(claim.opening)
             self._told = set()
+            self._unseal(opening)
             self._stored = self._remote_head = opening
             self.elsewhere, self.queued_elsewhere = None, False
             live.transcript.add(claim.opening)
@@ -407,6 +419,8 @@ class Live:
     def disown(self) -> None:
         """Somebody else writes here now: only what is in the store ever was."""
         with self._cond:
+            self._leave_ends()
+            self._unseal(self.head)
             self._log = EventLog(max_bytes=self._log_bytes, head=self._stored)
             self._remote_head = self._stored
 
@@ -422,6 +436,9 @@ class Live:
             if final.seq is not None and live.claim is not None:
                 self._log.add(final)
                 self._stored = final.seq
+                self._unseal(final.seq)
+            elif live.claim is not None:
+                self._leave_ends()
             elif final.seq is not None:
                 # Written without a claim of ours: others may have written before it.
                 self._remote_head = max(self._remote_head, final.seq)
@@ -490,7 +507,7 @@ class Live:
         now = self.clock()
         outcome = settle(Outcome(State.CANCELLED), live.turn.stop_reason)
         duration = int((now - live.turn.created) * 1000)
-        final = self._write_end(live.turn.id, terminal(outcome, duration_ms=duration))
+        final = self._write_end(live.turn.id, terminal(outcome, duration_ms=duration), live)
         if final is None:
             return False
         self._queue.remove(live)
@@ -511,11 +528,28 @@ class Live:
                 return False
             return self._write_end(turn_id, ending) is not None
 
-    def _write_end(self, turn_id: str, ending: Draft) -> Event | None:
+    def _write_end(self, turn_id: str, ending: Draft, live: LiveTurn | None = None) -> Event | None:
         final = self._write(turn_id, ending)
-        if final is not None:
+        if final is not None and final.seq is not None:
             self._told.add(turn_id)
+            self._ends[final.seq] = live
+            self._sealed = self._sealed or final.seq
         return final
+
+    def _leave_ends(self) -> None:
+        """Whoever writes here next has the ends that we could not store from their rows."""
+        for number, live in self._ends.items():
+            if live is not None and live.final is not None:
+                unnumbered = dataclasses.replace(live.final, seq=None)
+                live.final, live.late = None, (self.clock() + _LATE, unnumbered)
+                self._ends[number] = None
+
+    def _unseal(self, through: int) -> None:
+        """What has a number up to *through* is in the store, or no part of the log any more."""
+        if self._sealed is not None and self._sealed <= through:
+            self._ends = {number: live for number, live in self._ends.items() if number > through}
+            self._sealed = next(iter(self._ends), None)
+            self._cond.notify_all()
 
     def _follow(self, live: LiveTurn) -> LiveTurn | None:
         """*live* is done with: the one whose time has come in its place, if any."""
@@ -547,6 +581,7 @@ class Live:
     def written(self, through: int) -> None:
         with self._cond:
             self._stored = max(self._stored, through)
+            self._unseal(self._stored)
             self._log.trim(through=self._stored)
 
     def lost(self) -> None:
@@ -606,13 +641,14 @@ class Live:
                 self._cond.wait(left)
 
     def _news(self, reader: Audience) -> bool:
-        cursor, head = reader.cursor, self.head
+        cursor, head = reader.cursor, self.shown
         if self.closed or cursor is None or cursor < head or is_ahead(cursor, head):
             return True
         if not reader.saw_idle and self.state() == "idle":
             # It may have read the last event in the store before we heard of that end.
             return True
-        return reader.turn is not None and reader.turn.final is not None
+        final = reader.turn.final if reader.turn is not None else None
+        return final is not None and (final.seq is None or final.seq <= head)
 
     def take(self, cursor: int, *, limit: int, max_bytes: int) -> Slice | None:
         """What follows *cursor*, or None if the store has to be asked."""
@@ -621,7 +657,11 @@ class Live:
                 return None
             if cursor == self._log.head < self._remote_head:
                 return None  # The rest is another worker's.
-            return self._log.after(cursor, limit=limit, max_bytes=max_bytes)
+            part = self._log.after(cursor, limit=limit, max_bytes=max_bytes)
+            if part.cursor <= self.shown:
+                return part
+            events = [event for event in part.events if (event.seq or 0) <= self.shown]
+            return Slice(events, (events[-1].seq if events else None) or cursor)
 
     # -- inside --------------------------------------------------------------------------------
 

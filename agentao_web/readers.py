@@ -116,7 +116,7 @@ class Reader:
     @property
     def caught_up(self) -> bool:
         """Whether the session is idle and this reader has everything."""
-        idle, cursor, head = self.live.state() == "idle", self.cursor, self.live.head
+        idle, cursor, head = self.live.state() == "idle", self.cursor, self.live.shown
         self.saw_idle = idle
         return idle and cursor is not None and cursor >= head and not is_ahead(cursor, head)
 
@@ -137,7 +137,7 @@ class Reader:
                 self._tell(events[-1])
         if not self.told and unstored is not None and unstored.seq is None:
             # Never stored: shown once the reader has all that was.
-            if self.cursor is None or self.cursor >= self.live.head:
+            if self.cursor is None or self.cursor >= self.live.shown:
                 events += self._tell(unstored)
         elif not events and self.turn_id is not None and not self.told:
             self._look_for_the_end()

@@ -358,7 +358,7 @@ def snapshot(parts: Parts, key: SessionKey) -> Response:
             _turn(turn, states) for turn in turns if turn.state == "queued" and not turn.ending
         ],
         questions=[_question(question) for question in questions],
-        cursor=live.head,
+        cursor=live.shown,
     )
 
 
@@ -728,7 +728,7 @@ def _result(key: SessionKey, started: Started, final: Event) -> dict[str, t.Any]
         "reply": "",
         **final.data,
         **final.extra,
-        "cursor": started.live.head if final.seq is None else final.seq,
+        "cursor": started.live.shown if final.seq is None else final.seq,
     }
 
 

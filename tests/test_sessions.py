@@ -24,6 +24,7 @@ from agentao_web.core.turn import TurnRequest
 from agentao_web.readers import Reader
 from agentao_web.runner import Stage
 from agentao_web.sessions import Started
+from agentao_web.store.memory import MemoryStore
 from tests.pool_fakes import PATIENCE
 from tests.pool_fakes import FakeAgent
 from tests.pool_fakes import Gate
@@ -1074,3 +1075,99 @@ def test_a_second_drain_waits_until_all_is_closed(probe: Make) -> None:
     first.join(PATIENCE)
     second.join(PATIENCE)
     assert sorted(returned) == ["first", "second"]
+
+
+class _Stuck(MemoryStore):
+    """Stores no events while its gate is closed, and none at all while it is away."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=1, log_bytes=2**22)
+        self.gate = Gate()
+        self.stuck, self.away = threading.Event(), threading.Event()
+
+    def finish(self, claim: t.Any, finish: t.Any) -> bool:
+        if self.away.is_set():
+            raise StoreUnavailable
+        return super().finish(claim, finish)
+
+    def append_many(self, batches: t.Any) -> t.Any:
+        if self.stuck.is_set():
+            self.gate.stand()
+        if self.away.is_set():
+            raise StoreUnavailable
+        return super().append_many(batches)
+
+
+def test_the_end_of_a_queued_turn_is_shown_once_it_is_stored(probe: Make) -> None:
+    """Told means kept, also under another turn's claim; and what follows comes in its order."""
+    store, goes_on = _Stuck(), threading.Event()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        stage.publish(Draft("llm_text", {"chunk": "before"}))
+        assert goes_on.wait(PATIENCE)
+        stage.publish(Draft("llm_text", {"chunk": "after"}))
+
+    p = probe(script, store=store)
+    first = p.start()
+    read_until(p.pool, first, "llm_text")
+    queued = p.start("two", on_busy="queue")
+    assert queued.turn is not None
+    read_until(p.pool, queued, "turn_queued")
+    with (
+        Reader(first.live, store, first.cursor) as everything,
+        Reader(first.live, store, queued.cursor, turn=queued.turn) as its_own,
+    ):
+        seen = everything.read(limit=100, max_bytes=10**6)
+        its_own.read(limit=100, max_bytes=10**6)
+        store.stuck.set()
+        p.pool._runner.stop(first.live, queued.turn, "cancelled_by_user")
+        goes_on.set()
+        store.gate.meet()
+        for reader in (everything, its_own):
+            assert reader.read(limit=100, max_bytes=10**6) == []
+            assert not reader.told
+            until = first.live.clock() + 0.05
+            reader.wait(until)
+            assert first.live.clock() >= until, "nobody is woken for what may not be shown"
+        assert first.live.shown == everything.cursor == seen[-1].seq
+        store.stuck.clear()
+        store.gate.opened.set()
+        last = p.finish(first)
+        told = read_turn(p.pool, first.live, queued.turn, queued.cursor)
+        assert (told[-1].type, told[-1].data["reason"]) == ("done", "cancelled_by_user")
+        rest = everything.read(limit=100, max_bytes=10**6)
+    assert [(e.type, e.turn_id) for e in rest] == [
+        ("done", queued.turn_id),
+        ("llm_text", first.turn_id),
+        ("done", first.turn_id),
+    ]
+    assert rest[-1].seq == last.seq == first.live.shown
+
+
+def test_the_end_of_a_queued_turn_that_cannot_be_stored_is_told_once_and_stored_later(
+    probe: Make,
+) -> None:
+    store, goes_on = _Stuck(), threading.Event()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        stage.publish(Draft("llm_text", {"chunk": "before"}))
+        assert goes_on.wait(PATIENCE)
+
+    p = probe(script, store=store)
+    first = p.start()
+    read_until(p.pool, first, "llm_text")
+    queued = p.start("two", on_busy="queue")
+    assert queued.turn is not None
+    read_until(p.pool, queued, "turn_queued")
+    store.away.set()
+    p.pool._runner.stop(first.live, queued.turn, "cancelled_by_user")
+    goes_on.set()
+    assert p.finish(first).extra["error"]["code"] == "store_unavailable"
+    told = read_turn(p.pool, first.live, queued.turn, queued.cursor)
+    assert (told[-1].seq, told[-1].data["reason"]) == (None, "cancelled_by_user")
+    store.away.clear()
+    p.pool._runner.close_ours()
+    assert p.run("three").data["status"] == "completed"
+    ends = [(e.turn_id, e.data["status"]) for e in p.log() if e.type in ("done", "error")]
+    assert len(ends) == 3 and dict(ends)[queued.turn_id] == "cancelled"
+    assert dict(ends)[first.turn_id] == "failed"
