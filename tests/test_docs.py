@@ -290,14 +290,24 @@ def test_a_runtime_of_your_own(ended: cabc.Callable[[Flask], Flask]) -> None:
     assert len(client.get("/session/a/messages").json["messages"]) >= 4  # type: ignore[index]
 
 
-def test_a_store_of_your_own(ended: cabc.Callable[[Flask], Flask], tmp_path: Path) -> None:
+def test_a_store_of_your_own(
+    ended: cabc.Callable[[Flask], Flask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = run("store")
+    finish, told = names["Billed"].finish, []
+
+    def heard(*args: t.Any) -> bool:
+        told.append(finish(*args))
+        return bool(told[-1])
+
+    monkeypatch.setattr(names["Billed"], "finish", heard)
     steps = (testing.emit("llm_call_completed", prompt_tokens=7), testing.say("hi"))
     for _ in range(2):
         app = ended(names["create_app"](testing.scripted(*steps), AGENTAO_ROOT=tmp_path / "root"))
         answer = app.test_client().post("/chat/a", json={"message": "x"}, headers=WAIT)
         assert answer.status_code == 200
     assert names["BILL"] == [("shop", {"prompt_tokens": 7})] * 2
+    assert told == [False] * 2, "nobody else waits"
     snapshot = app.test_client().get("/session/a").json
     assert snapshot is not None and snapshot["turns"] == 2, "it was kept"
 
