@@ -66,7 +66,8 @@ export async function open(method, path, { body, headers = {}, signal } = {}) {
     if (response.status !== 401) return response;
     // Somebody may have signed in since this was sent.
     if (used === token.get()) await signIn(Boolean(used));
-    signal?.throwIfAborted();
+    // People take their time, which is not the network's.
+    if (signal?.aborted) throw new NetworkError("Not sent again after signing in.");
   }
 }
 
@@ -93,7 +94,10 @@ export async function refusal(response) {
   return new ApiError(response.status, body, Number(response.headers.get("Retry-After")) || 0);
 }
 
-/** Try *attempt()* again while the server is away or about to be back; *waiting(error)* hears of it. */
+/**
+ * Try *attempt()* again while the server is away or about to be back; *waiting(error)* hears of it.
+ * It throws what went wrong last, at once when *signal* is aborted.
+ */
 export async function persist(attempt, waiting, signal) {
   for (let tries = 0; ; tries++) {
     try {
@@ -102,10 +106,8 @@ export async function persist(attempt, waiting, signal) {
       const passes = error instanceof NetworkError || (error instanceof ApiError && error.passes && tries < 8);
       if (!passes || signal?.aborted) throw error;
       waiting(error);
-      await Promise.race([
-        pause(error.retryAfter ? error.retryAfter * 1000 : Math.min(8000, 500 * 2 ** tries)),
-        new Promise((resolve) => addEventListener("online", resolve, { once: true })),
-      ]);
+      await pause(error.retryAfter ? error.retryAfter * 1000 : Math.min(8000, 500 * 2 ** tries), signal);
+      if (signal?.aborted) throw error;
     }
   }
 }

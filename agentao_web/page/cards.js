@@ -113,7 +113,7 @@ const SPANS = { turn: "for this turn", session: "for this chat" };
 export class QuestionCard {
   #busy = false;
 
-  /** *reply(json)* sends an answer; *done()* puts the focus back. */
+  /** *reply(json)* sends an answer; *done()* puts the focus elsewhere if it was in here. */
   constructor(type, data, { reply, done }) {
     this.id = data.question_id;
     this.open = true;
@@ -213,7 +213,6 @@ export class QuestionCard {
     try {
       const { outcome } = await this.reply({ question_id: this.id, ...answer });
       this.close(outcome, null, answer.remember);
-      this.done();
     } catch (error) {
       // Another tab was faster; the event says how, this only in case that it is long gone.
       if (error.code === "question_closed") this.close(error.details.outcome ?? "cancelled", error.details.by);
@@ -233,6 +232,7 @@ export class QuestionCard {
     if (!this.open) return;
     this.open = false;
     this.outcome = outcome;
+    const focused = this.element.contains(document.activeElement);
     const what = this.asks ? this.data.question : this.data.tool;
     const said = [OUTCOMES[outcome] ?? outcome, SPANS[remember], BY_PEOPLE.has(outcome) && by && by !== "user" ? `by ${by}` : null];
     this.element.className = `card question closed ${outcome in OUTCOMES ? outcome : ""}`;
@@ -245,5 +245,6 @@ export class QuestionCard {
         this.asks ? h("span.brief", {}, what) : h("code.name", {}, what),
       ),
     );
+    if (focused) this.done();
   }
 }

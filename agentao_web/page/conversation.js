@@ -16,7 +16,8 @@ export class Conversation {
   #more = false;
   #enriched = false;
   #reader = null;
-  #visit = null;
+  #visit = new AbortController();
+  #line = Promise.resolve();
 
   /** *list* is where turns go; *on*: {changed, connection, gone, listed, edit, focusComposer, trouble}. */
   constructor(list, on) {
@@ -37,21 +38,18 @@ export class Conversation {
     return this.#turns.size + this.#sending.size === 0;
   }
 
-  get reading() {
-    return this.#reader?.running ?? false;
-  }
-
   close() {
     this.#reader?.stop();
     this.#reader = null;
-    this.#visit = null;
+    this.#visit.abort();
   }
 
   /** Show the chat *sid*: what was said, then what is going on. A *fresh* one has nothing yet. */
   async open(sid, { fresh = false } = {}) {
     this.close();
-    const visit = (this.#visit = {});
-    const here = () => visit === this.#visit;
+    const { signal } = (this.#visit = new AbortController());
+    const here = () => !signal.aborted;
+    this.#line = Promise.resolve();
     Object.assign(this, { sid, title: "" });
     this.#turns.clear();
     this.#sending.clear();
@@ -62,14 +60,14 @@ export class Conversation {
       event: (event) => here() && this.#event(event),
       state: (state) => here() && state === "idle" && this.live.length && void this.resync(),
       connection: (good) => here() && this.on.connection(good),
-      gone: () => here() && this.on.gone(sid),
+      gone: () => here() && this.on.gone(),
     });
     let found = null;
     try {
       if (!fresh) found = await api.persist(async () => {
         const snapshot = await api.snapshot(sid);
         return here() && { snapshot, page: await api.messages(sid) };
-      }, () => here() && this.on.connection(false));
+      }, () => this.on.connection(false), signal);
     } catch (error) {
       // A chat that nobody has said anything in is not there yet.
       if (error.status !== 404 && here()) this.#trouble(error);
@@ -103,6 +101,7 @@ export class Conversation {
   /** Turns that have ended, out of the transcript, before those that are there. */
   #recall(entries) {
     this.#entries = [...entries, ...this.#entries];
+    this.#enriched = false;
     const known = new Set(entries.map((entry) => entry.turn_id));
     const byTurn = Map.groupBy(this.#entries.filter((entry) => known.has(entry.turn_id)), (entry) => entry.turn_id);
     const made = [];
@@ -119,11 +118,11 @@ export class Conversation {
   }
 
   async #showOlder() {
-    const visit = this.#visit;
+    const { signal } = this.#visit;
     this.older.disabled = true;
     try {
       const page = await api.messages(this.sid, this.#entries[0].id);
-      if (visit !== this.#visit) return;
+      if (signal.aborted) return;
       this.#more = page.more;
       const scroll = this.list.parentElement;
       const below = scroll.scrollHeight - scroll.scrollTop;
@@ -140,10 +139,10 @@ export class Conversation {
   async #enrich() {
     if (this.#enriched) return;
     this.#enriched = true;
-    const visit = this.#visit;
+    const { signal } = this.#visit;
     try {
       for await (const events of kept(this.sid, this.#reader.cursor)) {
-        if (visit !== this.#visit) return;
+        if (signal.aborted) return;
         for (const event of events) {
           const turn = this.#turns.get(event.turn_id);
           if (turn?.recalled) turn.enrich(event);
@@ -184,7 +183,7 @@ export class Conversation {
 
   #event(event) {
     if (event.type === "gap") return this.#gap();
-    if (event.data?.reason === "session_deleted") return this.on.gone(this.sid);
+    if (event.data?.reason === "session_deleted") return this.on.gone();
     if (!event.turn_id) return;
     const begins = event.type === "turn_begin" || event.type === "turn_queued";
     if (begins && !this.#turns.has(event.turn_id)) this.#adopt(event);
@@ -214,12 +213,12 @@ export class Conversation {
 
   /** The log may not say how a turn ended: see what the server has, and begin again if it differs. */
   async resync() {
-    const visit = this.#visit;
+    const { signal } = this.#visit;
     try {
       const { turn, queued, cursor } = await api.snapshot(this.sid);
       const active = new Set([turn, ...queued].filter(Boolean).map((one) => one.turn_id));
       const lost = [...this.#turns.values()].some((one) => one.live && !active.has(one.id));
-      if (visit === this.#visit && lost && this.#reader.cursor >= cursor) await this.open(this.sid);
+      if (!signal.aborted && lost && this.#reader.cursor >= cursor) await this.open(this.sid);
     } catch {
       // The reader finds out for itself.
     }
@@ -229,6 +228,8 @@ export class Conversation {
 
   /** Say *message*; *busy* is what to do if a turn runs: queue or interrupt. */
   send(message, images = [], busy = undefined) {
+    // One that is still on its way is going to run by then.
+    if ([...this.#sending].some((turn) => turn.live)) busy ??= "queue";
     const sent = images.map(({ data, mimeType }) => ({ data, mimeType }));
     // The turn goes on if this page goes away; it reads the log, not the answer to the POST.
     const body = JSON.stringify({
@@ -240,27 +241,31 @@ export class Conversation {
   }
 
   async #post(pending, message, images) {
-    const visit = this.#visit;
+    const { signal } = this.#visit;
     const turn = new Turn(null, this.#act());
     turn.said(message, images);
     this.#sending.add(turn);
     this.list.append(turn.element);
     this.on.changed();
-    keep(pending);
+    outbox.add(pending);
+    // In the order in which they were written. It goes on if another chat is opened.
+    const taken = this.#line.then(() => api.persist(
+      () => api.start(pending.sid, pending.body, pending.key),
+      (error) => turn.waits(error instanceof api.NetworkError ? "No connection. It is sent as soon as there is one…" : "The server is busy. Trying again…"),
+    ));
+    this.#line = taken.catch(() => {});
     let accepted;
     try {
-      accepted = await api.persist(
-        () => api.start(pending.sid, pending.body, pending.key),
-        (error) => turn.waits(error instanceof api.NetworkError ? "No connection. It is sent as soon as there is one…" : "The server is busy. Trying again…"),
-      );
+      accepted = await taken;
     } catch (error) {
-      keep(null);
-      if (visit === this.#visit) this.#refused(turn, error);
+      // Of one that nobody sees it is found out again when its chat is opened.
+      if (signal.aborted) return;
+      outbox.remove(pending);
+      this.#refused(turn, error);
       return;
     }
-    keep(null);
-    if (visit !== this.#visit) return;
-    this.#started(turn, accepted);
+    outbox.remove(pending);
+    if (!signal.aborted) this.#started(turn, accepted);
   }
 
   #started(turn, accepted) {
@@ -307,10 +312,10 @@ export class Conversation {
 
   /** What was on its way when the page went: with its own key it is the same turn. */
   #sendAgain() {
-    const pending = JSON.parse(sessionStorage.getItem(PENDING) ?? "null");
-    if (pending?.sid !== this.sid) return;
-    const { message, images } = JSON.parse(pending.body);
-    void this.#post(pending, message, images ?? []);
+    for (const pending of outbox.all().filter(({ sid }) => sid === this.sid)) {
+      const { message, images } = JSON.parse(pending.body);
+      void this.#post(pending, message, images ?? []);
+    }
   }
 
   async stop() {
@@ -341,12 +346,21 @@ export class Conversation {
   }
 }
 
-function keep(pending) {
-  try {
-    if (pending) sessionStorage.setItem(PENDING, JSON.stringify(pending));
+/** What is on its way, oldest first, over reloads of this tab. */
+const outbox = {
+  all: () => JSON.parse(sessionStorage.getItem(PENDING) ?? "[]"),
+  add(pending) {
+    const others = outbox.all();
+    if (others.some(({ key }) => key === pending.key)) return;
+    try {
+      sessionStorage.setItem(PENDING, JSON.stringify([...others, pending]));
+    } catch {
+      // Too large to be kept: then it is lost if the page goes now.
+    }
+  },
+  remove(pending) {
+    const others = outbox.all().filter(({ key }) => key !== pending.key);
+    if (others.length) sessionStorage.setItem(PENDING, JSON.stringify(others));
     else sessionStorage.removeItem(PENDING);
-  } catch {
-    // Too large to be kept: then it is lost if the page goes now.
-    sessionStorage.removeItem(PENDING);
-  }
-}
+  },
+};

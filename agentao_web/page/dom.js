@@ -97,20 +97,34 @@ export function clock(seconds) {
 
 const ticking = new Set();
 
-/** Call *tick* now and every second while *element* is in the page and *tick* is not false. */
+/**
+ * Call *tick* now and every second until it gives false, or *element* is not in the page, where it
+ * has to be put at once.
+ */
 export function everySecond(element, tick) {
-  if (tick() === false) return;
-  ticking.add({ element, tick, seen: false });
+  if (tick() !== false) ticking.add({ element, tick });
 }
 
 setInterval(() => {
   for (const one of ticking) {
-    one.seen ||= one.element.isConnected;
-    if ((one.seen && !one.element.isConnected) || one.tick() === false) ticking.delete(one);
+    if (!one.element.isConnected || one.tick() === false) ticking.delete(one);
   }
 }, 1000);
 
-export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+/** Resolves after that time, or before it when the network is back or *signal* is aborted. */
+export function pause(ms, signal) {
+  return new Promise((resolve) => {
+    const over = new AbortController();
+    const end = () => {
+      clearTimeout(timer);
+      over.abort();
+      resolve();
+    };
+    const timer = setTimeout(end, ms);
+    addEventListener("online", end, { signal: over.signal });
+    signal?.addEventListener("abort", end, { signal: over.signal });
+  });
+}
 
 /** A random id: crypto.randomUUID() is not there on plain http. */
 export function randomId() {

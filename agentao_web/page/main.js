@@ -24,7 +24,7 @@ for (const element of document.querySelectorAll("[data-icon]")) element.prepend(
 const conversation = new Conversation($("turns"), {
   changed: () => changed(),
   connection: (good) => connection(good),
-  gone: (sid) => gone(sid),
+  gone: () => gone(),
   listed: () => void sidebar.refresh().then(() => named()),
   edit: (message, images) => (composer.set(message, images), composer.focus()),
   focusComposer: () => composer.focus(),
@@ -67,18 +67,17 @@ async function show(sid) {
   composer.busy(false);
   $("scroll").setAttribute("aria-busy", "true");
   await conversation.open(sid, { fresh: sid === fresh });
-  fresh = null;
   if (sid !== conversation.sid) return;
+  fresh = null;
   $("scroll").removeAttribute("aria-busy");
   named();
 }
 
-function gone(sid) {
+function gone() {
   conversation.close();
   void sidebar.refresh();
   newChat();
   trouble(new Error("That chat was deleted."));
-  return sid;
 }
 
 function named() {
@@ -193,10 +192,8 @@ addEventListener("keydown", (event) => {
   }
 });
 
-for (const id of ["login", "confirm"]) {
-  // Without an answer there is nothing to go on with.
-  if (id === "login") $(id).addEventListener("cancel", (event) => event.preventDefault());
-}
+// Without an answer there is nothing to go on with.
+$("login").addEventListener("cancel", (event) => event.preventDefault());
 
 // -- sleep, network, other tabs ------------------------------------------------------------------
 

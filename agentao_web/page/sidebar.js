@@ -8,17 +8,24 @@ export class Sidebar {
   #next = null;
   #open = null;
   #naming = false;
+  #loading = null;
 
-  /** *on*: {open(sid), removed(sid), renamed(sid, title), trouble(error)}. */
+  /** *on*: {open(sid), removed(sid), renamed(sid), trouble(error)}. */
   constructor(list, more, on) {
     this.list = list;
     this.more = more;
     this.on = on;
-    more.addEventListener("click", () => void this.#load(this.#next));
+    more.addEventListener("click", () => {
+      this.#loading ??= this.#load(this.#next).finally(() => (this.#loading = null));
+    });
   }
 
   title(sid) {
-    return this.#chats.find((chat) => chat.session_id === sid)?.title;
+    return this.#chat(sid)?.title;
+  }
+
+  #chat(sid) {
+    return this.#chats.find((chat) => chat.session_id === sid);
   }
 
   /** Look again what there is, as far as it was shown. */
@@ -81,25 +88,28 @@ export class Sidebar {
     return row;
   }
 
-  #rename(row, chat) {
+  #rename(row, { session_id: sid, title: before }) {
     this.#naming = true;
     const field = h("input", { type: "text", maxlength: "200", "aria-label": "New name" });
-    field.value = chat.title;
+    field.value = before;
     const end = async (save) => {
       if (!this.#naming) return;
       this.#naming = false;
       const title = field.value.trim();
-      if (save && title && title !== chat.title) {
+      if (save && title && title !== before) {
         try {
-          chat.title = (await api.rename(chat.session_id, title)).title;
-          this.on.renamed(chat.session_id, chat.title);
+          const named = await api.rename(sid, title);
+          // Another object than before, if the list was read again meanwhile.
+          const chat = this.#chat(sid);
+          if (chat) chat.title = named.title;
+          this.on.renamed(sid);
           announce("Renamed");
         } catch (error) {
           this.on.trouble(error);
         }
       }
       this.#show();
-      this.list.querySelector(`[data-at="${CSS.escape(chat.session_id)}"]`)?.focus();
+      this.list.querySelector(`[data-at="${CSS.escape(sid)}"]`)?.focus();
     };
     field.addEventListener("keydown", (event) => {
       if (event.key === "Escape") event.stopPropagation();
@@ -111,15 +121,16 @@ export class Sidebar {
     field.focus();
   }
 
-  async #remove(chat) {
-    const sure = await confirm(`Delete “${chat.title || "New chat"}”?`, "Its messages are gone for good. If the agent is working on it, it is stopped.");
+  async #remove({ session_id: sid, title }) {
+    const sure = await confirm(`Delete “${title || "New chat"}”?`, "Its messages are gone for good. If the agent is working on it, it is stopped.");
     if (!sure) return;
     try {
-      await api.remove(chat.session_id);
-      this.#chats = this.#chats.filter((one) => one !== chat);
+      await api.remove(sid);
+      this.#chats = this.#chats.filter((chat) => chat.session_id !== sid);
       this.#show();
+      this.list.querySelector("[data-at]")?.focus();
       announce("Deleted");
-      this.on.removed(chat.session_id);
+      this.on.removed(sid);
     } catch (error) {
       this.on.trouble(error);
     }

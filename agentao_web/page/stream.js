@@ -90,6 +90,7 @@ export class Reader {
     const path = api.events(this.#sid, { after: this.#cursor ?? 0, follow: 1 });
     let timer = this.#deadline(run, FIRST_BYTE);
     let heard = false;
+    let bytes = null;
     try {
       const response = await api.open("GET", path, {
         headers: { Accept: "text/event-stream" },
@@ -98,7 +99,7 @@ export class Reader {
       if (!response.ok) throw await api.refusal(response);
       if (response.status === 204 || !response.body) return this.#poll(run);
       const frames = new Frames();
-      const bytes = response.body.pipeThrough(new TextDecoderStream()).getReader();
+      bytes = response.body.pipeThrough(new TextDecoderStream()).getReader();
       for (;;) {
         const { done, value } = await bytes.read();
         if (done) break;
@@ -111,11 +112,14 @@ export class Reader {
       }
       if (!heard) throw new api.NetworkError("The stream was empty.");
     } catch (error) {
-      if (!run.stopped && !heard && run.abort.signal.reason === "late") this.#pollUntil = Date.now() + POLLS_FOR;
+      const late = run.abort.signal.reason === "late" && !(error instanceof api.NetworkError);
+      if (!run.stopped && !heard && late) this.#pollUntil = Date.now() + POLLS_FOR;
       if (error instanceof api.ApiError || run.abort.signal.aborted) throw error;
       throw new api.NetworkError("The stream broke off.");
     } finally {
       clearTimeout(timer);
+      // Whatever is left of it is not wanted, and would keep its connection.
+      bytes?.cancel().catch(() => {});
     }
   }
 

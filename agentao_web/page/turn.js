@@ -36,11 +36,13 @@ export class Turn {
   #tools = new Map();
   #questions = new Map();
   #hadGap = false;
+  /** The open question at the last change that was told. */
+  #told = undefined;
   state = "sending";
   message = "";
   images = [];
 
-  /** *act*: {reply, retry(turn), edit(turn), changed(turn), focusComposer}. */
+  /** *act*: {enrich, reply(json), retry(turn), changed(turn), focusComposer}. */
   constructor(id, act) {
     this.id = id;
     this.act = act;
@@ -90,7 +92,7 @@ export class Turn {
     this.#pauseText();
     const card = new ToolCard(tool, args);
     card.complete(status, ms);
-    card.element.addEventListener("toggle", () => this.act.enrich(), { once: true });
+    card.element.addEventListener("toggle", () => this.act.enrich());
     this.#tools.set(call, card);
     this.answer.append(card.element);
   }
@@ -150,7 +152,9 @@ export class Turn {
   apply(event) {
     const before = this.state;
     this[`on_${event.type}`]?.(event.data ?? {}, event);
-    if (before !== this.state) this.act.changed(this);
+    if (before === this.state && this.openQuestion === this.#told) return;
+    this.#told = this.openQuestion;
+    this.act.changed(this);
   }
 
   on_turn_queued({ message, position }) {

@@ -6,6 +6,7 @@ page in between.
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import threading
 import typing as t
@@ -48,6 +49,13 @@ def answered(agent: ScriptedAgent) -> None:
     say(f"You said: {agent.answers[-1]}")(agent)
 
 
+def both(agent: ScriptedAgent) -> None:
+    """Two questions at once, as tools that run side by side ask them."""
+    steps = [ask_user(f"Question {name}?", header=f"Header {name}") for name in "AB"]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda step: step(agent), steps))
+
+
 def tool(gate: str) -> list[Step]:
     call = {"tool": "run_shell_command", "call_id": "call-1"}
     return [
@@ -76,6 +84,7 @@ SCRIPTS: dict[str, t.Callable[[str], list[Step]]] = {
     "choose": lambda gate: [ask_user("Which colour?", "red", "green", header="Colour"), answered],
     "strict": lambda gate: [ask_user("Which one?", "this", "that", allow_custom=False), answered],
     "several": lambda gate: [ask_user("Which ones?", "a", "b", "c", multiple=True), answered],
+    "both": lambda gate: [both, say("both")],
     "open": lambda gate: [ask_user("What is your name?"), answered],
     "crash": lambda gate: [say("half an "), crash(RuntimeError("secret"))],
     "cut": lambda gate: [say("half an "), end("length_truncated")],

@@ -90,6 +90,28 @@ def test_a_chat_is_renamed_and_deleted(tab: Tab) -> None:
     tab.allowed.append("404")
 
 
+def test_a_chat_is_renamed_and_deleted_while_the_list_is_read_again(tab: Tab) -> None:
+    def read_again() -> None:
+        with tab.page.expect_response("**/sessions?*"):
+            tab.page.evaluate("dispatchEvent(new Event('online'))")
+
+    tab.say("some chat")
+    expect(tab.chats).to_have_text(["some chat"])
+    tab.chats.first.hover()
+    tab.button("Rename some chat").click()
+    field = tab.page.get_by_role("textbox", name="New name")
+    field.fill("plan")
+    read_again()
+    field.press("Enter")
+    expect(tab.chats).to_have_text(["plan"])
+    tab.chats.first.hover()
+    tab.button("Delete plan").click()
+    read_again()
+    tab.page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(tab.chats).to_have_count(0)
+    tab.allowed.append("404")
+
+
 def test_many_chats_come_a_page_at_a_time(browse: Opened, server: Server, fresh: str) -> None:
     headers = {"Authorization": f"Bearer {token(user=fresh)}", "Accept": "application/json"}
     for number in range(33):
@@ -98,9 +120,28 @@ def test_many_chats_come_a_page_at_a_time(browse: Opened, server: Server, fresh:
         ).raise_for_status()
     tab = browse(who=fresh).open()
     expect(tab.chats).to_have_count(30)
-    tab.button("Show more").click()
-    expect(tab.chats).to_have_count(33)
+    tab.button("Show more").dblclick()
     expect(tab.button("Show more")).to_be_hidden()
+    expect(tab.chats).to_have_count(33)
+
+
+def test_results_of_tools_are_found_for_earlier_messages_too(
+    browse: Opened, server: Server, fresh: str
+) -> None:
+    headers = {"Authorization": f"Bearer {token(user=fresh)}", "Accept": "application/json"}
+    server.client.post(f"/test/gate/{fresh}").raise_for_status()
+    for message in (f"tool {fresh}", *("hello",) * 25, f"tool {fresh}"):
+        server.client.post(
+            "/chat/s", json={"message": message}, headers={**headers, "Prefer": "wait=30"}
+        ).raise_for_status()
+    tab = browse(who=fresh).open(hash="s")
+    for number in (-1, 0):
+        card = tab.turn(number).locator(".card.tool")
+        card.locator("summary").click()
+        expect(card.locator(".result")).to_contain_text("second line")
+        if number:
+            tab.button("Show earlier messages").click()
+            expect(tab.turn(0).locator(".said")).to_have_text(f"tool {fresh}")
 
 
 def test_a_long_chat_shows_what_came_before(browse: Opened, server: Server, fresh: str) -> None:

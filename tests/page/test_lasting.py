@@ -172,6 +172,75 @@ def test_a_message_whose_page_went_before_the_answer_is_there_once(tab: Tab) -> 
     expect(tab.page.locator(".turn")).to_have_count(1)
 
 
+def test_messages_on_their_way_survive_a_reload_in_their_order(tab: Tab) -> None:
+    tab.allowed += [*BROKEN, "404"]
+
+    def lose(route: Route) -> None:
+        if route.request.method == "POST":
+            route.abort("connectionreset")
+        else:
+            route.continue_()
+
+    tab.page.route("**/chat/*", lose)
+    for number, text in enumerate(("one", "two", "three")):
+        tab.say(text)
+        expect(tab.turn(number).locator(".said")).to_have_text(text)
+    tab.page.unroute_all(behavior="ignoreErrors")
+    tab.page.reload()
+    tab.ready()
+    for number, text in enumerate(("one", "two", "three")):
+        expect(tab.turn(number).locator(".prose")).to_have_text(f"You wrote: {text}")
+    expect(tab.page.locator(".turn")).to_have_count(3)
+
+
+def test_a_chat_that_was_left_is_not_asked_for_any_more(tab: Tab) -> None:
+    tab.allowed += BROKEN
+    asked: list[str] = []
+
+    def lose(route: Route) -> None:
+        asked.append(route.request.url)
+        route.abort("connectionreset")
+
+    tab.page.clock.install()
+    tab.page.route("**/session/left", lose)
+    tab.page.evaluate("location.hash = 'left'")
+    expect(tab.page.locator("#connection")).to_contain_text("No connection")
+    tab.button("New chat").first.click()
+    expect(tab.page.locator("#connection")).to_be_hidden()
+    before = len(asked)
+    tab.page.clock.fast_forward(60_000)
+    tab.say("hello")
+    expect(tab.turn().locator(".prose")).to_have_text("You wrote: hello")
+    assert len(asked) == before
+
+
+def test_who_takes_long_to_sign_in_gets_a_stream(browse: Opened, fresh: str) -> None:
+    tab = browse(who=fresh)
+    tab.allowed.append("401")
+    tab.page.clock.install()
+    tab.open()
+    asked: list[str] = []
+
+    def refuse_once(route: Route) -> None:
+        asked.append(route.request.url)
+        if len(asked) == 1:
+            route.fulfill(status=401)
+        else:
+            route.continue_()
+
+    tab.page.route("**/events?*", refuse_once)
+    tab.say(f"slow {fresh}")
+    dialog = tab.page.get_by_role("dialog")
+    expect(dialog).to_contain_text("Please sign in again")
+    tab.page.clock.fast_forward(20_000)
+    dialog.get_by_label("Access token").fill(token(user=fresh))
+    tab.button("Continue").click()
+    expect(tab.turn().locator(".prose")).to_have_text("first half,")
+    tab.gate(fresh)
+    expect(tab.turn().locator(".prose")).to_have_text("first half, second half")
+    assert asked and all("follow=1" in url for url in asked), asked
+
+
 def test_the_turn_of_a_worker_that_dies_is_told_and_tried_again(
     browse: Opened, narrow: Server, fresh: str
 ) -> None:
@@ -277,8 +346,10 @@ def test_two_tabs_of_one_chat_are_both_live(browse: Opened, fresh: str) -> None:
     other.say(f"approve {fresh}")
     expect(one.turn(2).locator(".card.question")).to_contain_text("May it run")
     expect(other.turn(2).locator(".card.question")).to_contain_text("May it run")
+    other.button("Deny").focus()
     one.button("Allow once").click()
     expect(other.turn(2).locator(".outcome")).to_have_text(f"Allowed by {who}")
+    expect(other.box).to_be_focused()
     for tab in (one, other):
         expect(tab.turn(2).locator(".prose")).to_have_text("You said: True")
         expect(tab.page.locator(".turn")).to_have_count(3)

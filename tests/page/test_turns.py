@@ -204,3 +204,22 @@ def test_a_message_for_later_waits_and_one_can_interrupt(tab: Tab, fresh: str) -
     tab.button("Interrupt").click()
     expect(tab.turn(3).locator(".notice")).to_have_text("Stopped for your next message.")
     expect(tab.turn(4).locator(".prose")).to_have_text("You wrote: now")
+
+
+def test_of_two_questions_the_open_one_is_named(tab: Tab) -> None:
+    tab.say("both")
+    cards = tab.turn().locator(".card.question")
+    expect(cards).to_have_count(2)
+    waiting = tab.page.locator("#waiting-for")
+    first = waiting.text_content()
+    assert first is not None and first.startswith("Header ")
+    card = cards.filter(has_text=first)
+    card.get_by_role("textbox").fill("yes")
+    card.get_by_role("button", name="Send answer").click()
+    other = {"Header A": "Header B", "Header B": "Header A"}[first]
+    expect(waiting).to_have_text(other)
+    expect(tab.page.locator("#announcer")).to_have_text(f"The agent waits for you: {other}")
+    card = cards.filter(has_text=other)
+    card.get_by_role("textbox").fill("yes")
+    card.get_by_role("button", name="Send answer").click()
+    expect(tab.turn().locator(".prose")).to_have_text("both")
