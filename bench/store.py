@@ -67,7 +67,7 @@ def turn(store: SqlStore, key: SessionKey, n: int) -> None:
     claim = store.claim(key, row, _OPENING, float(n))
     seq = first_seq(claim.generation) + 2
     for _ in range(5):
-        store.append(claim, _events(claim, seq, 50))
+        store.append([(claim, _events(claim, seq, 50))])
         seq += 50
     done = Event(seq, row.id, "done", {"status": "completed"}, 1.0, {"reply": "It says this."})
     outcome = Outcome(State.COMPLETED, reply="It says this.", usage={"total_tokens": 100})
@@ -110,7 +110,7 @@ def _append(store: SqlStore, figures: Figures, batches: int) -> None:
     for n in range(batches):
         events = _events(claim, first_seq(claim.generation) + 2 + n * 100, 100)
         cpu = time.process_time()
-        figures.batches.append(_timed(lambda e=events: store.append(claim, e)))  # type: ignore[misc]
+        figures.batches.append(_timed(lambda e=events: store.append([(claim, e)])))  # type: ignore[misc]
         figures.cpu.append(time.process_time() - cpu)
 
 

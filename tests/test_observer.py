@@ -155,13 +155,13 @@ def test_sizes_are_of_the_moment(probe: Make) -> None:
 
 def test_the_lag_grows_while_the_store_is_away(probe: Make) -> None:
     p, _ = probe(until_stopped)
-    good, tried = p.store.append_many, threading.Event()
+    good, tried = p.store.append, threading.Event()
 
     def away(*_: t.Any) -> t.Any:
         tried.set()
         raise StoreUnavailable
 
-    p.store.append_many = away
+    p.store.append = away
     started = p.start()
     assert tried.wait(PATIENCE)
     first = p.pool.gauges()["agentao_store_lag_seconds"]
@@ -171,7 +171,7 @@ def test_the_lag_grows_while_the_store_is_away(probe: Make) -> None:
             break
         until.wait(0.01)
     assert p.pool.gauges()["agentao_store_lag_seconds"] > first > 0
-    p.store.append_many = good
+    p.store.append = good
     p.pool.cancel(p.key())
     p.finish(started)
     for _ in range(1000):

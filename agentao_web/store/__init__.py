@@ -232,16 +232,12 @@ class Store(t.Protocol):
         several endings the first counts. None if the turn is not queued, or not any more.
         """
 
-    def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
-        """Write a batch to the log; ClaimLost if the claim is no longer ours.
+    def append(self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]) -> list[Claim]:
+        """Write events to the logs of several sessions together.
 
-        The last event of a queued turn among them ends that turn.
+        The last event of a queued turn among them ends that turn. Returns the claims that are no
+        longer ours, of which nothing was written.
         """
-
-    def append_many(
-        self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]
-    ) -> list[Claim]:
-        """Write the batches of several sessions together; the claims that are no longer ours."""
 
     def finish(self, claim: Claim, finish: Finish) -> bool:
         """The terminal transaction, which also releases the claim; ClaimLost as above.

@@ -264,19 +264,14 @@ class MemoryStore:
             self._write(record, [final])
             return Left(first, final)
 
-    def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
-        with self._lock:
-            self._write(self._held(claim), events)
-
-    def append_many(
-        self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]
-    ) -> list[Claim]:
+    def append(self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]) -> list[Claim]:
         lost: list[Claim] = []
-        for claim, events in batches:
-            try:
-                self.append(claim, events)
-            except ClaimLost:
-                lost.append(claim)
+        with self._lock:
+            for claim, events in batches:
+                try:
+                    self._write(self._held(claim), events)
+                except ClaimLost:
+                    lost.append(claim)
         return lost
 
     def finish(self, claim: Claim, finish: Finish) -> bool:

@@ -228,13 +228,7 @@ class SqlStore:
                 _ask_holder(db, session, row)
             return Left(first, unwritten=True)
 
-    def append(self, claim: Claim, events: cabc.Sequence[Event]) -> None:
-        with self._db.batch() as db:
-            self._append(db, claim, events)
-
-    def append_many(
-        self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]
-    ) -> list[Claim]:
+    def append(self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]) -> list[Claim]:
         lost: list[Claim] = []
         with self._db.batch() as db:
             for claim, events in batches:

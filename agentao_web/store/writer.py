@@ -176,7 +176,7 @@ class Writer:
         if not batches:
             return True
         try:
-            lost = self._store.append_many([(claim, events) for _, claim, events in batches])
+            lost = self._store.append([(claim, events) for _, claim, events in batches])
         except Exception as exc:
             # Kept in the sources' logs: the next batch, or the terminal transaction, has them.
             self._log.warning("events not stored yet: %s", type(exc).__name__)

@@ -98,6 +98,12 @@ def claim(
     return store.claim(key, row(turn_id, worker=worker), OPENING, now, use)
 
 
+def append(store: Store, held: Claim, events: cabc.Sequence[Event]) -> None:
+    """Write to one session's log."""
+    if store.append([(held, events)]):
+        raise ClaimLost
+
+
 def enqueue(store: Store, turn_id: str, **options: t.Any) -> int:
     worker = options.pop("worker", "worker-1")
     return store.enqueue(KEY, row(turn_id, worker=worker), **{"limit": 9, **options})
@@ -188,7 +194,7 @@ def test_batches_of_several_sessions_are_written_together(store: Store) -> None:
         [Event(t.cast(int, c.opening.seq) + 1, c.turn_id, "llm_text", {"chunk": c.key.id}, 1.0)]
         for c in claims
     ]
-    lost = store.append_many(list(zip(claims, texts, strict=True)))
+    lost = store.append(list(zip(claims, texts, strict=True)))
     assert [claim.key.id for claim in lost] == ["b"]
     said = [store.events(key, None, limit=9, max_bytes=999).events[1:] for key in keys]
     assert [[e.data["chunk"] for e in part] for part in said] == [["a"], [], ["c"]]
@@ -258,8 +264,8 @@ def test_a_claim_tells_the_version_its_agent_must_have(store: Store) -> None:
 
 def test_batches_are_appended_in_order(store: Store) -> None:
     held = claim(store)
-    store.append(held, [text(held, 2, "a"), text(held, 3, "b")])
-    store.append(held, [text(held, 4, "c")])
+    append(store, held, [text(held, 2, "a"), text(held, 3, "b")])
+    append(store, held, [text(held, 4, "c")])
     assert [e.data["chunk"] for e in log(store, held.opening.seq)] == ["a", "b", "c"]
     session = store.session(KEY)
     assert session is not None and session.head == first_seq(held.generation) + 4
@@ -267,7 +273,7 @@ def test_batches_are_appended_in_order(store: Store) -> None:
 
 def test_the_log_is_read_by_cursor_and_limit(store: Store) -> None:
     held = claim(store)
-    store.append(held, [text(held, n, f"{n}") for n in range(2, 12)])
+    append(store, held, [text(held, n, f"{n}") for n in range(2, 12)])
     part = store.events(KEY, first_seq(held.generation) + 3, limit=2, max_bytes=10**6)
     assert [e.data["chunk"] for e in part.events] == ["4", "5"]
     assert part.cursor == first_seq(held.generation) + 5
@@ -276,7 +282,7 @@ def test_the_log_is_read_by_cursor_and_limit(store: Store) -> None:
 def test_what_was_pruned_is_a_gap(open_store: Open) -> None:
     store = open_store(log_bytes=20_000)
     held = claim(store)
-    store.append(held, [text(held, n, "x" * 1000) for n in range(2, 100)])
+    append(store, held, [text(held, n, "x" * 1000) for n in range(2, 100)])
     first, second = log(store, 0)[:2]
     assert (first.type, first.data["reason"]) == ("gap", "pruned")
     assert first.seq == first.data["to"] == t.cast(int, second.seq) - 1
@@ -293,7 +299,7 @@ def test_events_come_back_as_they_went_in(store: Store) -> None:
     held = claim(store)
     data = {"chunk": "ünïcode \u2028 🙂", "n": 1, "f": 0.5, "none": None, "deep": {"a": [1, "b"]}}
     sent = Event(first_seq(held.generation) + 2, held.turn_id, "tool_output", data, 2.5, {"x": 1})
-    store.append(held, [sent])
+    append(store, held, [sent])
     assert log(store)[-1] == sent
 
 
@@ -317,8 +323,8 @@ def test_a_batch_that_comes_again_is_written_once(store: Store) -> None:
     """The writer sends a batch again when it cannot know whether it was committed."""
     held = claim(store)
     batch = [text(held, 2, "a"), text(held, 3, "b")]
-    store.append(held, batch)
-    store.append(held, [*batch, text(held, 4, "c")])
+    append(store, held, batch)
+    append(store, held, [*batch, text(held, 4, "c")])
     done = ending(held, 5)
     store.finish(held, Finish(**{**vars(done), "events": [*batch, *done.events]}))
     assert [e.data.get("chunk") for e in log(store)] == [None, "a", "b", "c", None]
@@ -326,7 +332,7 @@ def test_a_batch_that_comes_again_is_written_once(store: Store) -> None:
 
 def test_a_page_of_the_log_has_a_number_of_bytes(store: Store) -> None:
     held = claim(store)
-    store.append(held, [text(held, n, "x" * 1000) for n in range(2, 12)])
+    append(store, held, [text(held, n, "x" * 1000) for n in range(2, 12)])
     part = store.events(KEY, held.opening.seq, limit=100, max_bytes=2500)
     assert len(part.events) == 3
     assert part.cursor == part.events[-1].seq
@@ -335,7 +341,7 @@ def test_a_page_of_the_log_has_a_number_of_bytes(store: Store) -> None:
 
 def test_pages_put_together_are_the_log(store: Store) -> None:
     held = claim(store)
-    store.append(held, [text(held, n, "x" * (n * 37 % 300)) for n in range(2, 200)])
+    append(store, held, [text(held, n, "x" * (n * 37 % 300)) for n in range(2, 200)])
     found: list[Event] = []
     cursor: int | None = None
     while page := store.events(KEY, cursor, limit=7, max_bytes=900).events:
@@ -351,7 +357,7 @@ def test_every_cursor_is_a_place_to_go_on_from(store: Store, batch: int) -> None
     events = [text(held, n, f"{n} ") for n in range(2, 192)]
     events[40:43] = [dataclasses.replace(e, turn_id="waits") for e in events[40:43]]
     for start in range(0, len(events), batch):
-        store.append(held, events[start : start + batch])
+        append(store, held, events[start : start + batch])
     assert log(store, held.opening.seq) == events
     for n in (0, 39, 40, 42, 43, 100, 188):
         part = store.events(KEY, events[n].seq, limit=50, max_bytes=10**6)
@@ -372,7 +378,7 @@ def test_a_long_conversation_keeps_the_end_of_its_log(open_store: Open) -> None:
     cursor = None
     for n in range(30):
         held = claim(store, f"t{n}")
-        store.append(held, [text(held, i, "x" * 300) for i in range(2, 7)])
+        append(store, held, [text(held, i, "x" * 300) for i in range(2, 7)])
         store.finish(held, ending(held, 7))
         part = store.events(KEY, cursor, limit=1000, max_bytes=10**9)
         assert [e.type for e in part.events] == ["turn_begin", *["llm_text"] * 5, "done"]
@@ -398,7 +404,7 @@ def test_nothing_is_written_under_a_claim_that_is_gone(store: Store, how: str) -
         claim(store, "t2")
     before = log(store) if how != "deleted" else []
     with pytest.raises(ClaimLost):
-        store.append(stale, [text(stale, 5, "late")])
+        append(store, stale, [text(stale, 5, "late")])
     with pytest.raises(ClaimLost):
         store.finish(stale, ending(stale, 6))
     assert (log(store) if how != "deleted" else []) == before
@@ -540,7 +546,7 @@ def test_the_end_of_a_queued_turn_waits_for_who_holds_the_session(
     assert store.ended(KEY, "t2") is None
     # The first of two endings, by whichever way it is written.
     done = Event(first_seq(held.generation) + 2, "t2", *stop("server_shutdown")[:2], 6.0)
-    store.append(held, [done])
+    append(store, held, [done])
     assert [turn.id for turn in other.active(KEY)] == ["t1", "t3"]
     end = other.ended(KEY, "t2")
     assert end is not None and end.final == done
@@ -555,7 +561,7 @@ def test_the_terminal_transaction_may_end_queued_turns_too(store: Store) -> None
     enqueue(store, "t2", worker="worker-2")
     leave(store, "t2")
     done = Event(first_seq(held.generation) + 2, "t2", *stop()[:2], 6.0)
-    assert store.append_many([(held, [done])]) == []
+    append(store, held, [done])
     finish = ending(held, 3)
     assert not store.finish(held, dataclasses.replace(finish, events=[done, *finish.events]))
     assert store.active(KEY) == []
@@ -1199,7 +1205,7 @@ def test_an_orphan_says_where_its_turn_begins(store: Store) -> None:
 
 def test_who_takes_over_may_write_and_nobody_else(two: tuple[Store, Store]) -> None:
     stale = claim(two[0], "t1")
-    two[0].append(stale, [text(stale, 2, "a")])
+    append(two[0], stale, [text(stale, 2, "a")])
     (orphan,) = two[1].orphans(PATIENCE)
     taken = two[1].take_over(orphan, "worker-2")
     assert taken is not None and taken.generation > stale.generation
@@ -1207,7 +1213,7 @@ def test_who_takes_over_may_write_and_nobody_else(two: tuple[Store, Store]) -> N
     before = log(two[0])
     assert before[-1].data == {"chunk": "a"}, "its opening was not written"
     with pytest.raises(ClaimLost):
-        two[0].append(stale, [text(stale, 3, "late")])
+        append(two[0], stale, [text(stale, 3, "late")])
     with pytest.raises(ClaimLost):
         two[0].finish(stale, ending(stale, 4))
     assert log(two[1]) == before
@@ -1306,7 +1312,7 @@ UNKNOWN: dict[str, tuple[cabc.Callable[[Store, SessionKey], t.Any], t.Any]] = {
     "questions": (lambda s, k: s.questions(k), []),
     "question": (lambda s, k: s.question(k, "q1"), None),
     "settle": (lambda s, k: s.settle(k, "q1", "approved", by="user"), NotFound),
-    "append": (lambda s, k: s.append(_foreign(s, k), []), ClaimLost),
+    "append": (lambda s, k: append(s, _foreign(s, k), []), ClaimLost),
     "finish": (lambda s, k: s.finish(_foreign(s, k), ending(_foreign(s, k), 2)), ClaimLost),
 }
 
@@ -1494,7 +1500,7 @@ def test_two_workers_with_eight_threads_each_lose_nothing(two: tuple[Store, Stor
         for i in range(rounds):
             held = _patiently(claim, store, f"t{n}-{i}")
             assert inside.acquire(blocking=False), "two claims at a time"
-            _patiently(store.append, held, [text(held, m, f"{n}") for m in range(2, 5)])
+            _patiently(append, store, held, [text(held, m, f"{n}") for m in range(2, 5)])
             said = [{"role": "user", "content": f"{n}-{i}"}]
             last = ending(held, 5, appended=said, transcript=said)
             inside.release()

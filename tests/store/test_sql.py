@@ -32,6 +32,7 @@ from agentao_web.store.sql import SqlStore
 from tests.store.postgres import PostgresServer
 from tests.store.test_contract import KEY
 from tests.store.test_contract import USE
+from tests.store.test_contract import append
 from tests.store.test_contract import at_once
 from tests.store.test_contract import claim
 from tests.store.test_contract import ending
@@ -334,7 +335,7 @@ def test_a_folder_that_vanished_is_not_written_elsewhere(
     held = claim(store, "t1")
     folder.rename(folder.with_name("away"))
     for ask in (
-        lambda: store.append(held, [text(held, 2, "secret")]),
+        lambda: append(store, held, [text(held, 2, "secret")]),
         lambda: store.finish(held, ending(held, 3)),
         lambda: store.session(KEY),
         lambda: claim(store, "t2"),
@@ -374,7 +375,7 @@ def test_another_writer_is_waited_for_only_so_long(
     held = claim(store, "t1")
     with contextlib.closing(sqlite3.connect(folder / "store.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        for ask in (lambda: store.append(held, []), lambda: claim(store, "t2")):
+        for ask in (lambda: append(store, held, []), lambda: claim(store, "t2")):
             with pytest.raises(StoreUnavailable):
                 ask()
         assert store.session(KEY) is not None, "readers do not wait"
@@ -468,8 +469,8 @@ for n in range(int(sys.argv[2]), 10**6):
         held = store.take_over(orphan, "w")
         store.finish(held, ending(held, 2, transcript=[], appended=[]))
     held = claim(store, f"t{n}")
-    store.append(held, [text(held, i, "x" * 200) for i in range(2, 12)])
-    store.append(held, [text(held, i, "x" * 200) for i in range(12, 22)])
+    append(store, held, [text(held, i, "x" * 200) for i in range(2, 12)])
+    append(store, held, [text(held, i, "x" * 200) for i in range(12, 22)])
     store.finish(held, ending(held, 22))
     print(n, flush=True)
 """
@@ -519,7 +520,7 @@ def test_a_copy_taken_while_it_runs_opens(folder: Path, tmp_path: Path, open_sto
     def write() -> None:
         while not stop.is_set():
             held = claim(store, f"t{written[0]}")
-            store.append(held, [text(held, i, "x" * 200) for i in range(2, 22)])
+            append(store, held, [text(held, i, "x" * 200) for i in range(2, 22)])
             store.finish(held, ending(held, 22))
             written[0] += 1
 
@@ -567,7 +568,7 @@ def test_a_server_that_went_away_is_unavailable_until_it_is_back(
     store = open_store(postgres_url)
     held = claim(store, "t1")
     asks: list[cabc.Callable[[], object]] = [
-        lambda: store.append(held, [text(held, 2, "secret")]),
+        lambda: append(store, held, [text(held, 2, "secret")]),
         lambda: store.session(KEY),
     ]
     postgres_server.stop(how)
@@ -605,7 +606,7 @@ def test_what_stands_in_the_way_is_waited_for_only_so_long(
     with raw(postgres_url) as connection:
         connection.execute(sa.text("SELECT * FROM agentao_sessions FOR UPDATE"))
         with pytest.raises(StoreUnavailable):
-            store.append(held, [])
+            append(store, held, [])
     store.finish(held, ending(held, 2))
 
 
@@ -634,7 +635,7 @@ def test_no_statement_of_a_turn_reads_a_whole_table(folder: Path, open_store: Op
             held = claim(store, f"t{n}", use=USE if n == 0 else None)
             enqueue(store, f"q{n}")
             store.end_queued(KEY, f"q{n}", Draft("done", {}), 1.0)
-            store.append(held, [text(held, i, "x" * 300) for i in range(2, 20)])
+            append(store, held, [text(held, i, "x" * 300) for i in range(2, 20)])
             store.finish(held, ending(held, 20))
             log(store, held.head)
             store.sessions("acme", "ann", before=(9.0, "x"), limit=5)
@@ -654,8 +655,8 @@ def test_no_statement_of_a_turn_reads_a_whole_table(folder: Path, open_store: Op
 def test_a_batch_is_few_rows_and_none_of_them_long(url: str, open_store: Open) -> None:
     store = open_store(url)
     held = claim(store, "t1")
-    store.append(held, [text(held, n, "a token") for n in range(2, 502)])
-    store.append(held, [text(held, n, "x" * 10_000) for n in range(502, 512)])
+    append(store, held, [text(held, n, "a token") for n in range(2, 502)])
+    append(store, held, [text(held, n, "x" * 10_000) for n in range(502, 512)])
     with raw(url) as connection:
         sizes = connection.execute(sa.text("SELECT size FROM agentao_events")).scalars().all()
     assert len(sizes) < 20
@@ -681,7 +682,7 @@ def test_a_late_turn_costs_no_more_than_an_early_one(folder: Path, open_store: O
         for n in range(60):
             before = steps[0]
             held = claim(store, f"t{n}")
-            store.append(held, [text(held, i, "x" * 50) for i in range(2, 52)])
+            append(store, held, [text(held, i, "x" * 50) for i in range(2, 52)])
             store.finish(held, ending(held, 52))
             costs.append(steps[0] - before)
     finally:

@@ -52,9 +52,7 @@ class Store:
         self.error: Exception | None = None
         self.called = threading.Semaphore(0)
 
-    def append_many(
-        self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]
-    ) -> list[Claim]:
+    def append(self, batches: cabc.Sequence[tuple[Claim, cabc.Sequence[Event]]]) -> list[Claim]:
         lost = []
         for claim, events in batches:
             try:
