@@ -91,7 +91,7 @@ def test_the_archive_has_what_it_takes_to_test_and_deploy(built: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = [
         path.relative_to(PROJECT).as_posix()
-        for folder in ("agentao_web", "tests", "docs", "deploy", "bench")
+        for folder in ("agentao_web", "tests", "docs", "deploy", "bench", "examples")
         for path in (PROJECT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     ]
@@ -108,7 +108,7 @@ def test_the_metadata_is_whole(built: Path) -> None:
         name = next(name for name in wheel.namelist() if name.endswith("/METADATA"))
         told = email.message_from_bytes(wheel.read(name))
     assert told["License-Expression"] == "MIT" and told["License-File"] == "LICENSE"
-    assert {"metrics", "otel", "postgres"} <= set(told.get_all("Provides-Extra", []))
+    assert {"example", "metrics", "otel", "postgres"} <= set(told.get_all("Provides-Extra", []))
     assert "Typing :: Typed" in told.get_all("Classifier", [])
     assert told["Requires-Python"] == ">=3.11"
 
