@@ -453,7 +453,7 @@ def openapi_json(parts: Parts) -> Response:
     return jsonify(openapi.document(routes(parts.settings), prefix or "/"))
 
 
-@route("GET", "/", "The chat page", public=True, page=True, responses={200: "text/html"})
+@route("GET", "/", "The chat page", public=True, page=True, responses={200: "text/html", 304: ""})
 def page(parts: Parts) -> Response:
     return _page_file("index.html")
 
@@ -464,7 +464,7 @@ def page(parts: Parts) -> Response:
     "The page's files",
     public=True,
     page=True,
-    responses={200: "*/*"},
+    responses={200: "*/*", 304: ""},
     errors=(404,),
 )
 def page_file(parts: Parts, file: str) -> Response:
@@ -484,7 +484,7 @@ def _page_file(name: str) -> Response:
     "What the page is told: whose login it is, and whether this is the demo",
     public=True,
     page=True,
-    responses={200: "PageConfig"},
+    responses={200: "PageConfig", 304: ""},
 )
 def page_config(parts: Parts) -> Response:
     login = "host" if parts.own_login else "token"

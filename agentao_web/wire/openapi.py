@@ -109,7 +109,7 @@ def _responses(route: Route) -> Schema:
 
 def _response(code: int, name: str) -> Schema:
     if not name:
-        return {"description": "Nothing more; do not connect again"}
+        return {"description": _BODILESS[code]}
     if name == "text":
         return {"description": "Plain text", "content": {"text/plain": {"schema": _STRING}}}
     if "/" in name:
@@ -143,6 +143,8 @@ def _error_response() -> Schema:
     }
 
 
+#: What an answer without a body says.
+_BODILESS: t.Final = {204: "Nothing more; do not connect again", 304: "You have it already"}
 #: One message of a stream (HTML, section 9.2): OpenAPI 3.1 has no words of its own for it.
 _MESSAGE: t.Final[Schema] = {
     "type": "object",

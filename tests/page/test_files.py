@@ -82,6 +82,8 @@ def test_a_file_is_sent_once_and_then_only_asked_after(web: Make, name: str) -> 
     etag = first.headers["ETag"]
     again = client.get(f"/agent/page/{name}", headers={"If-None-Match": etag})
     assert again.status_code == 304 and again.data == b""
+    contract = client.get("/agent/openapi.json").get_json()["paths"]
+    assert {"200", "304"} <= contract["/page/{file}"]["get"]["responses"].keys()
 
 
 @pytest.mark.parametrize(
