@@ -8,10 +8,11 @@ import time
 
 import pytest
 
+from tests.live.browser import chromium
 from tests.store.postgres import postgres_server
 from tests.store.postgres import postgres_url
 
-__all__ = ["postgres_server", "postgres_url"]
+__all__ = ["chromium", "postgres_server", "postgres_url"]
 
 
 @pytest.fixture(autouse=True)

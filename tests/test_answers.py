@@ -244,15 +244,10 @@ def test_a_stream_ends_while_it_waits_and_resumes(web: Make) -> None:
     (question,) = opened(w)
     reply(w, question, approve=True)
     rest = w.get("/chat/s/events", Accept="text/event-stream", Last_Event_ID=str(seen[-1]["seq"]))
-    events = sse_of(rest)
+    events = sse(rest)
     assert events[0]["type"] == "question_closed"
     events += [e for e in finish(w) if e["seq"] > events[-1]["seq"]]
     assert events[-1]["data"]["status"] == "completed"
-
-
-def sse_of(response: t.Any) -> list[dict[str, t.Any]]:
-    text = response.get_data(as_text=True)
-    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
 
 
 def test_no_answer_in_time_and_cancel(web: Make) -> None:

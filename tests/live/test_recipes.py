@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections.abc as cabc
-import contextlib
 import json
 import os
 import re
@@ -13,9 +12,9 @@ import typing as t
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser
 from playwright.sync_api import Page
 from playwright.sync_api import Route
-from playwright.sync_api import sync_playwright
 
 from tests.live.harness import PATIENCE
 from tests.live.harness import PROJECT
@@ -30,7 +29,6 @@ RECIPES = {
         r"<!-- recipe: ([\w. ]+) -->\n```(\w+)\n(.*?)```", TEXT, re.DOTALL
     )
 }
-CHROMIUM = "/usr/bin/chromium"
 MILLISECONDS = PATIENCE * 1000
 
 
@@ -112,22 +110,6 @@ def test_requests_polls(server: Server) -> None:
 # -- in a browser ------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def browsing(server: Server) -> cabc.Iterator[Page]:
-    """The host's page in Chromium."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
-        )
-        try:
-            page = browser.new_page()
-            page.set_default_timeout(MILLISECONDS)
-            page.goto(f"{server.url}/host")
-            yield page
-        finally:
-            browser.close()
-
-
 @pytest.fixture
 def shop(tmp_path: Path) -> cabc.Iterator[Server]:
     """The API below a prefix, beside a page; streams and tickets end after a second or two."""
@@ -137,6 +119,16 @@ def shop(tmp_path: Path) -> cabc.Iterator[Server]:
     ) as server:
         server.client.headers["Authorization"] = "Bearer dev"
         yield server
+
+
+@pytest.fixture
+def page(shop: Server, chromium: Browser) -> cabc.Iterator[Page]:
+    """The host's page."""
+    with chromium.new_context() as context:
+        found = context.new_page()
+        found.set_default_timeout(MILLISECONDS)
+        found.goto(f"{shop.url}/host")
+        yield found
 
 
 def requests_of(page: Page, part: str) -> list[str]:
@@ -165,65 +157,61 @@ def in_order(page: Page) -> bool:
     return numbers == sorted(set(numbers))
 
 
-def test_fetch_streams_and_says_what_is_wrong(shop: Server) -> None:
-    with browsing(shop) as page:
-        talk = "([sid, words]) => talk('/agent', sid, words, (event) => seen.push(event))"
-        page.evaluate(talk, ["s", "count to 40"])
-        told = page.evaluate("seen")
-        assert told[0]["type"] == "turn_begin" and told[-1]["reply"].startswith("1, 2, 3,")
-        assert "".join(e["data"].get("chunk", "") for e in told) == told[-1]["reply"]
-        error = page.evaluate(f"({talk})(['-no-id', 'hi']).catch((error) => error.message)")
-        assert "a session id is" in error
+def test_fetch_streams_and_says_what_is_wrong(shop: Server, page: Page) -> None:
+    talk = "([sid, words]) => talk('/agent', sid, words, (event) => seen.push(event))"
+    page.evaluate(talk, ["s", "count to 40"])
+    told = page.evaluate("seen")
+    assert told[0]["type"] == "turn_begin" and told[-1]["reply"].startswith("1, 2, 3,")
+    assert "".join(e["data"].get("chunk", "") for e in told) == told[-1]["reply"]
+    error = page.evaluate(f"({talk})(['-no-id', 'hi']).catch((error) => error.message)")
+    assert "a session id is" in error
 
 
-def test_fetch_starts_one_turn_over_a_bad_network(shop: Server) -> None:
+def test_fetch_starts_one_turn_over_a_bad_network(shop: Server, page: Page) -> None:
     """The first POST is lost on its way, of the second one the answer."""
-    with browsing(shop) as page:
-        lost: list[str] = []
+    lost: list[str] = []
 
-        def lose(route: Route) -> None:
-            lost.append(route.request.method)
-            if len(lost) == 2:
-                route.fetch()
-            route.abort() if len(lost) < 3 else route.continue_()
+    def lose(route: Route) -> None:
+        lost.append(route.request.method)
+        if len(lost) == 2:
+            route.fetch()
+        route.abort() if len(lost) < 3 else route.continue_()
 
-        page.route("**/agent/chat/s", lose)
-        page.evaluate("talk('/agent', 's', 'say it once', (event) => seen.push(event))")
-        assert lost == ["POST"] * 3
-        assert types(page)[0] == "turn_begin" and types(page)[-1] == "done"
-        assert shop.client.get("/agent/session/s").json()["turns"] == 1
-
-
-def test_fetch_goes_on_where_a_stream_ended(shop: Server) -> None:
-    with browsing(shop) as page:
-        again = requests_of(page, "/agent/chat/s/events")
-        page.evaluate(
-            "() => { window.end = talk('/agent', 's', 'write a.txt: x', (e) => seen.push(e)) }"
-        )
-        meet(page, lambda: "tool_confirmation" in types(page), "no question came")
-        meet(page, lambda: len(again) >= 2, "the page did not come back")
-        (question,) = (e for e in page.evaluate("seen") if e["type"] == "tool_confirmation")
-        answer = {"question_id": question["data"]["question_id"], "approve": True}
-        assert shop.client.post("/agent/chat/s/answer", json=answer).status_code == 200
-        page.evaluate("window.end")
-        assert types(page).count("turn_begin") == 1 and types(page)[-1] == "done"
-        assert in_order(page)
+    page.route("**/agent/chat/s", lose)
+    page.evaluate("talk('/agent', 's', 'say it once', (event) => seen.push(event))")
+    assert lost == ["POST"] * 3
+    assert types(page)[0] == "turn_begin" and types(page)[-1] == "done"
+    assert shop.client.get("/agent/session/s").json()["turns"] == 1
 
 
-def test_an_event_source_outlives_its_ticket(shop: Server) -> None:
+def test_fetch_goes_on_where_a_stream_ended(shop: Server, page: Page) -> None:
+    again = requests_of(page, "/agent/chat/s/events")
+    page.evaluate(
+        "() => { window.end = talk('/agent', 's', 'write a.txt: x', (e) => seen.push(e)) }"
+    )
+    meet(page, lambda: "tool_confirmation" in types(page), "no question came")
+    meet(page, lambda: len(again) >= 2, "the page did not come back")
+    (question,) = (e for e in page.evaluate("seen") if e["type"] == "tool_confirmation")
+    answer = {"question_id": question["data"]["question_id"], "approve": True}
+    assert shop.client.post("/agent/chat/s/answer", json=answer).status_code == 200
+    page.evaluate("window.end")
+    assert types(page).count("turn_begin") == 1 and types(page)[-1] == "done"
+    assert in_order(page)
+
+
+def test_an_event_source_outlives_its_ticket(shop: Server, page: Page) -> None:
     headers = {"Accept": "application/json", "Prefer": "wait=25"}
     first = shop.client.post("/agent/chat/s", json={"message": "say one"}, headers=headers)
     assert first.status_code == 200
-    with browsing(shop) as page:
-        tickets = requests_of(page, "/agent/session/s/ticket")
-        refused: list[int] = []
-        page.on("response", lambda r: refused.append(r.status) if r.status == 401 else None)
-        page.evaluate("follow('/agent', 's', (event) => seen.push(event))")
-        meet(page, lambda: len(tickets) >= 3 and refused, "its tickets never ended")
-        second = shop.client.post("/agent/chat/s", json={"message": "say two"}, headers=headers)
-        assert second.status_code == 200
-        meet(page, lambda: types(page).count("done") == 2, "the second turn was not seen")
-        unknown = page.evaluate("follow('/agent', 'nobody', seen.push).catch((e) => e.message)")
-        assert unknown == "no such session"
-        replies = [e["reply"] for e in page.evaluate("seen") if e["type"] == "done"]
-        assert replies == ["one", "two"] and in_order(page)
+    tickets = requests_of(page, "/agent/session/s/ticket")
+    refused: list[int] = []
+    page.on("response", lambda r: refused.append(r.status) if r.status == 401 else None)
+    page.evaluate("follow('/agent', 's', (event) => seen.push(event))")
+    meet(page, lambda: len(tickets) >= 3 and refused, "its tickets never ended")
+    second = shop.client.post("/agent/chat/s", json={"message": "say two"}, headers=headers)
+    assert second.status_code == 200
+    meet(page, lambda: types(page).count("done") == 2, "the second turn was not seen")
+    unknown = page.evaluate("follow('/agent', 'nobody', seen.push).catch((e) => e.message)")
+    assert unknown == "no such session"
+    replies = [e["reply"] for e in page.evaluate("seen") if e["type"] == "done"]
+    assert replies == ["one", "two"] and in_order(page)

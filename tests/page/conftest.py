@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import os
 import re
-import shutil
 import typing as t
 from pathlib import Path
 
@@ -18,28 +17,16 @@ from playwright.sync_api import BrowserContext
 from playwright.sync_api import Locator
 from playwright.sync_api import Page
 from playwright.sync_api import expect
-from playwright.sync_api import sync_playwright
 
 from tests.live.harness import PATIENCE
 from tests.live.harness import Server
 from tests.live.harness import token
 
 APP = "tests.page.page_app:app"
-#: Debian's own, as the Makefile installs it.
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 AXE = Path(__file__).parent / "axe.min.js"
 _numbers = itertools.count()
 
 expect.set_options(timeout=PATIENCE * 1000)
-
-
-@pytest.fixture(scope="session")
-def chromium() -> cabc.Iterator[Browser]:
-    arguments = ["--disable-dev-shm-usage", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +43,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> cabc.Iterator[Server]:
         "AGENTAO_MAX_MESSAGE": "40",
         "AGENTAO_MAX_IMAGE": "10",
         "AGENTAO_QUESTION_TIMEOUT": "2",
-        "AGENTAO_WORKER_LEASE": "2",
+        "AGENTAO_WORKER_LEASE": "5",
     }
     with Server(tmp_path_factory.mktemp("narrow"), app=APP, **limits) as found:
         yield found
