@@ -186,7 +186,7 @@ class Client:
     def messages(
         self, session: str, *, after: int = 0, last: int | None = None
     ) -> cabc.Iterator[Json]:
-        """The transcript, oldest first: behind the entry *after*, or the *last* ones (200)."""
+        """The transcript, oldest first: behind the entry *after*, or the *last* ones (≤ 200)."""
         path = f"/session/{_named(session)}/messages"
         if last is not None:
             params = {"limit": last}
