@@ -1090,12 +1090,12 @@ class _Stuck(MemoryStore):
             raise StoreUnavailable
         return super().finish(claim, finish)
 
-    def append_many(self, batches: t.Any) -> t.Any:
+    def append(self, batches: t.Any) -> t.Any:
         if self.stuck.is_set():
             self.gate.stand()
         if self.away.is_set():
             raise StoreUnavailable
-        return super().append_many(batches)
+        return super().append(batches)
 
 
 def test_the_end_of_a_queued_turn_is_shown_once_it_is_stored(probe: Make) -> None:
