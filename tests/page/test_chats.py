@@ -257,6 +257,10 @@ def test_the_demo_offers_its_token_and_works_with_real_agents(
         expect(card.locator(".result")).to_contain_text("Successfully wrote")
         tab.say("fail")
         expect(tab.turn(1).locator(".notice.bad")).to_contain_text("model could not be reached")
+        tab.page.reload()
+        tab.ready()
+        # As it was: a call names its arguments in their order.
+        expect(tab.turn().locator(".card.tool .brief")).to_have_text("plan.txt")
 
 
 def test_a_token_that_is_none_is_told_and_one_can_be_forgotten(
@@ -277,7 +281,3 @@ def test_a_token_that_is_none_is_told_and_one_can_be_forgotten(
     tab.button("Forget my token").click()
     expect(dialog).to_contain_text("Sign in")
     assert tab.page.evaluate("sessionStorage['agentao-token']") is None
-        tab.page.reload()
-        tab.ready()
-        # As it was: a call names its arguments in their order.
-        expect(tab.turn().locator(".card.tool .brief")).to_have_text("plan.txt")
