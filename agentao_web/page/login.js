@@ -43,18 +43,19 @@ function ask(wasRefused) {
       event.preventDefault();
       if (field.value.trim()) give(field.value.trim());
     });
+    const reason = h("p", { id: "login-why" }, ...(host ? theirs() : [why(wasRefused)]));
+    const offer = demo
+      ? h(
+          "div.demo",
+          {},
+          h("p", {}, "This is the demo: its token is ", h("code", {}, "dev"), "."),
+          h("button.primary", { type: "button", onclick: () => give("dev") }, "Use the demo token"),
+        )
+      : "";
     dialog.replaceChildren(
       h("h2", { id: "login-title" }, wasRefused ? "Please sign in again" : "Sign in"),
-      h("p", { id: "login-why" }, ...(host ? theirs() : [why(wasRefused)])),
+      ...(wasRefused ? [reason, offer] : [offer, reason]),
       host ? h("div.actions", {}, h("button.primary", { type: "button", onclick: () => give(null) }, "I have signed in")) : "",
-      demo
-        ? h(
-            "div.demo",
-            {},
-            h("p", {}, "This is the demo: its token is ", h("code", {}, "dev"), "."),
-            h("button.primary", { type: "button", onclick: () => give("dev") }, "Use the demo token"),
-          )
-        : "",
       host ? "" : form,
     );
     if (!dialog.open) dialog.showModal();
