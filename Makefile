@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # The demo model, unless a key of a real one is set.
 DEMO := $(if $(OPENAI_API_KEY),,--demo)
 BIND ?= 127.0.0.1:8000
-SHOP ?= 127.0.0.1:8001
+# BIND= is for both, but their defaults differ.
+SHOP ?= $(if $(filter-out file,$(origin BIND)),$(BIND),127.0.0.1:8001)
 
 .PHONY: run example test check long bench debian clean
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import json
 import os
 import secrets
+import socket
 import sqlite3
 import sys
 import time
@@ -508,9 +510,30 @@ def serve(demo: bool, bind: str) -> None:
         create_app()
     except RuntimeError as exc:
         raise click.ClickException(str(exc)) from None
+    _see_if_free(bind)
     _greet(settings, bind)
     command = [sys.executable, "-m", "gunicorn", "-c", "python:agentao_web.workers"]
     os.execv(sys.executable, [*command, "--bind", bind, "agentao_web.extension:create_app()"])
+
+
+def _see_if_free(bind: str) -> None:
+    """Say at once that an address is taken; Gunicorn tries for seconds, below our greeting."""
+    host, _, port = bind.rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, proto) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            raise click.ClickException(
+                f"{bind} is taken: a server runs there. Take another: --bind HOST:PORT, "
+                "or BIND=HOST:PORT make run"
+            ) from None
 
 
 def _greet(settings: Settings, bind: str) -> None:

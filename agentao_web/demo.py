@@ -352,6 +352,7 @@ def _about_file(result: Result) -> str:
     name = header.removeprefix("File: ")
     if not any(lines):
         return f"I read {name}. It is empty."
+    name = name.replace("(1 lines)", "(1 line)")
     return f"I read {name}. It begins:\n\n{_quote(lines)}"
 
 
@@ -359,8 +360,9 @@ def _about_folder(result: Result) -> str:
     entries = result.text.splitlines()[2:]
     folder = result.arguments.get("directory_path") or "."
     if not entries:
-        return f"The folder {folder} is empty."
-    return f"In the folder {folder} I found:\n\n{_quote(entries, most=20)}"
+        return "There are no files yet." if folder == "." else f"The folder {folder} is empty."
+    where = "Here" if folder == "." else f"In the folder {folder}"
+    return f"{where} I found:\n\n{_quote(entries, most=20)}"
 
 
 def _about_search(result: Result) -> str:
@@ -436,15 +438,17 @@ def _use(talk: Talk, lead: str, tool: str, /, **arguments: t.Any) -> Reply:
 
 def _help(match: re.Match[str], talk: Talk) -> Reply:
     lines = "\n".join(f"- {command.usage}" for command in COMMANDS)
+    tools = f"The tools I was given: {', '.join(sorted(talk.tools))}.\n\n" if talk.tools else ""
     return Reply(
         "I am a demo model: no network, no key, and no understanding beyond these:\n\n"
-        f"{lines}\n\nAnything else gets a short, friendly answer."
+        f"{lines}\n\n{tools}Anything else gets a short, friendly answer."
     )
 
 
 def _list(match: re.Match[str], talk: Talk) -> Reply:
     folder = _name(match[1] or "") or "."
-    return _use(talk, f"Let me look into {folder}.", "list_directory", directory_path=folder)
+    lead = "Let me look at the files." if folder == "." else f"Let me look into {folder}."
+    return _use(talk, lead, "list_directory", directory_path=folder)
 
 
 def _read(match: re.Match[str], talk: Talk) -> Reply:

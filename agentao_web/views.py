@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import hmac
+import json
 import logging
 import re
 import secrets
@@ -301,7 +302,7 @@ def events(parts: Parts, key: SessionKey) -> Response:
         state = "running"
     elif state == "running" and not live.owned and parts.pool.store.questions(key):
         state = "waiting"
-    return jsonify(native.page(found, reader.cursor or 0, state))
+    return _in_order(native.page(found, reader.cursor or 0, state))
 
 
 def _follow(
@@ -350,15 +351,17 @@ def snapshot(parts: Parts, key: SessionKey) -> Response:
     turns = parts.pool.store.active(key)
     questions = parts.pool.store.questions(key)
     running = [_turn(turn, states) for turn in turns if turn.state == "running"]
-    return jsonify(
-        **_session(row),
-        state="waiting" if questions and running else live.state(),
-        turn=running[0] if running else None,
-        queued=[
-            _turn(turn, states) for turn in turns if turn.state == "queued" and not turn.ending
-        ],
-        questions=[_question(question) for question in questions],
-        cursor=live.shown,
+    return _in_order(
+        {
+            **_session(row),
+            "state": "waiting" if questions and running else live.state(),
+            "turn": running[0] if running else None,
+            "queued": [
+                _turn(turn, states) for turn in turns if turn.state == "queued" and not turn.ending
+            ],
+            "questions": [_question(question) for question in questions],
+            "cursor": live.shown,
+        }
     )
 
 
@@ -428,7 +431,7 @@ def messages(parts: Parts, key: SessionKey) -> Response:
     limit = requests.number(request.args.get("limit"), "limit", least=1, most=_MAX_PAGE) or _PAGE
     parts.pool.find(key)
     page = parts.pool.store.transcript(key, before=before, after=after, limit=limit)
-    return jsonify(messages=page.messages, more=page.more)
+    return _in_order({"messages": page.messages, "more": page.more})
 
 
 # -- open to all -------------------------------------------------------------------------------
@@ -704,16 +707,23 @@ def _asked(parts: Parts, key: SessionKey, started: Started) -> list[Question]:
     return list(turn.questions.values()) if turn.turn.state is State.WAITING else []
 
 
+def _in_order(body: cabc.Mapping[str, t.Any]) -> Response:
+    """JSON with its keys as they are; a host may sort them, and a call reads file, then content."""
+    return Response(json.dumps(body, separators=(",", ":")) + "\n", mimetype="application/json")
+
+
 def _accepted(parts: Parts, key: SessionKey, started: Started) -> Response:
     url = url_for(".events", sid=key.id, after=started.cursor)
     questions = _asked(parts, key, started)
-    response = jsonify(
-        session_id=key.id,
-        turn_id=started.turn_id,
-        status="waiting" if questions else started.status,
-        cursor=started.cursor,
-        events_url=url,
-        questions=[_question(question) for question in questions],
+    response = _in_order(
+        {
+            "session_id": key.id,
+            "turn_id": started.turn_id,
+            "status": "waiting" if questions else started.status,
+            "cursor": started.cursor,
+            "events_url": url,
+            "questions": [_question(question) for question in questions],
+        }
     )
     response.status_code = 202
     response.headers["Location"] = url

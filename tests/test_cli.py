@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import json
+import socket
 import sqlite3
 import typing as t
 from pathlib import Path
@@ -398,3 +399,16 @@ def test_a_store_in_memory_is_out_of_reach(serve: cabc.Callable[..., Server]) ->
 def test_a_database_that_cannot_be_used_is_a_clear_error(tmp_path: Path, url: str) -> None:
     env = {"AGENTAO_DATABASE_URL": url, "AGENTAO_ROOT": str(tmp_path)}
     refused(invoke(main, "sessions", "list", env=env))
+
+
+def test_serve_says_at_once_that_its_address_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENTAO_DEMO", "1")
+    monkeypatch.setenv("AGENTAO_ROOT", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        bind = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = invoke(main, "serve", "--bind", bind)
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: {bind} is taken")
+    assert "BIND=HOST:PORT make run" in result.output

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 import time
 
@@ -120,6 +121,7 @@ def test_help_lists_every_command(desk):
     answer = desk.say("HELP")
     assert all(command.usage in answer for command in COMMANDS)
     assert "demo model" in answer
+    assert re.search(r"tools I was given: .*\bread_file, .*write_file", answer)
     assert desk.turn.is_answer
 
 

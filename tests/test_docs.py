@@ -205,7 +205,8 @@ def test_the_whole_app_of_the_readme(ended: cabc.Callable[[Flask], Flask]) -> No
     app = ended(run("app")["app"])
     client = app.test_client()
     assert client.get("/agent/session/a").status_code == 401
-    assert client.post("/login").json == {"ok": True}
+    shown = client.get("/login", follow_redirects=True)
+    assert shown.request.path == "/agent/" and shown.mimetype == "text/html"
     body = {"message": "say hi"}
     assert client.post("/agent/chat/a", json=body).status_code == 403
     answer = client.post("/agent/chat/a", json=body, headers=WAIT)

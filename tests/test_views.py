@@ -433,6 +433,14 @@ def test_the_snapshot_tells_where_a_session_is(web: Make) -> None:
     assert (then["turns"], then["usage"]) == (3, {"prompt_tokens": 15})
 
 
+def test_the_arguments_of_a_tool_keep_their_order(web: Make) -> None:
+    w = web(use("write_file", file_path="plan.txt", content="x"))
+    w.ask("go")
+    for path in ("/session/s/messages", "/chat/s/events?after=0&wait=0"):
+        text = w.get(path).get_data(as_text=True)
+        assert '"args":{"file_path":"plan.txt","content":"x"}' in text, path
+
+
 def test_messages_are_paged_both_ways(web: Make) -> None:
     w = web()
     for n in range(3):

@@ -212,10 +212,11 @@ export class QuestionCard {
     this.trouble.textContent = "";
     try {
       const { outcome } = await this.reply({ question_id: this.id, ...answer });
-      this.close(outcome, null, answer.remember);
+      this.#over(outcome, { remember: answer.remember, answer: answer.answer });
+      this.done();
     } catch (error) {
       // Another tab was faster; the event says how, this only in case that it is long gone.
-      if (error.code === "question_closed") this.close(error.details.outcome ?? "cancelled", error.details.by);
+      if (error.code === "question_closed") this.#over(error.details.outcome ?? "cancelled", { by: error.details.by });
       else this.trouble.textContent = error.message;
     } finally {
       this.#busy = false;
@@ -229,12 +230,20 @@ export class QuestionCard {
   }
 
   close(outcome, by, remember) {
-    if (!this.open) return;
+    // While an answer of ours is under way it is taken to be ours; what comes back says so or not.
+    if (this.open) this.#over(outcome, { by: this.#busy ? null : by, remember });
+  }
+
+  #over(outcome, { by, remember, answer }) {
     this.open = false;
     this.outcome = outcome;
     const focused = this.element.contains(document.activeElement);
     const what = this.asks ? this.data.question : this.data.tool;
-    const said = [OUTCOMES[outcome] ?? outcome, SPANS[remember], BY_PEOPLE.has(outcome) && by && by !== "user" ? `by ${by}` : null];
+    const said = [
+      (OUTCOMES[outcome] ?? outcome) + (answer ? `: ${[answer].flat().join(", ")}` : ""),
+      SPANS[remember],
+      BY_PEOPLE.has(outcome) && by && by !== "user" ? `by ${by}` : null,
+    ];
     this.element.className = `card question closed ${outcome in OUTCOMES ? outcome : ""}`;
     this.element.replaceChildren(
       h(

@@ -19,6 +19,8 @@ export function signIn(wasRefused) {
 function ask(wasRefused) {
   const dialog = document.getElementById("login");
   const back = document.activeElement;
+  const host = told.login === "host";
+  const demo = told.demo && !host; // a host with a login of its own knows no demo token
   return new Promise((resolve) => {
     const give = (value) => {
       if (value) token.set(value);
@@ -35,33 +37,49 @@ function ask(wasRefused) {
       {},
       h("label", { for: "token" }, "Access token"),
       field,
-      h("button.primary", { type: "submit" }, "Continue"),
+      h(demo ? "button" : "button.primary", { type: "submit" }, "Continue"),
     );
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       if (field.value.trim()) give(field.value.trim());
     });
-    const host = told.login === "host";
+    const reason = h("p", { id: "login-why" }, ...(host ? theirs() : [why(wasRefused)]));
+    const offer = demo
+      ? h(
+          "div.demo",
+          {},
+          h("p", {}, "This is the demo: its token is ", h("code", {}, "dev"), "."),
+          h("button.primary", { type: "button", onclick: () => give("dev") }, "Use the demo token"),
+        )
+      : "";
     dialog.replaceChildren(
       h("h2", { id: "login-title" }, wasRefused ? "Please sign in again" : "Sign in"),
-      h("p", { id: "login-why" }, why(wasRefused, host)),
-      host ? h("div.actions", {}, h("button.primary", { type: "button", onclick: () => give(null) }, "I have signed in")) : form,
-      told.demo
-        ? h(
-            "div.demo",
-            {},
-            h("p", {}, "This is the demo: its token is ", h("code", {}, "dev"), "."),
-            h("button", { type: "button", onclick: () => give("dev") }, "Use the demo token"),
-          )
-        : "",
+      ...(wasRefused ? [reason, offer] : [offer, reason]),
+      host ? h("div.actions", {}, h("button.primary", { type: "button", onclick: () => give(null) }, "I have signed in")) : "",
+      host ? "" : form,
     );
     if (!dialog.open) dialog.showModal();
-    (host ? dialog.querySelector("button") : field).focus();
+    (host || demo ? dialog.querySelector("button") : field).focus();
+    if (host) whenBack(dialog, () => give(null));
   });
 }
 
-function why(wasRefused, host) {
-  if (host) return "This site wants to know who you are. Sign in there, in another tab, and come back: what you wrote stays here.";
+/** Somebody comes back to this tab, perhaps signed in by now. */
+function whenBack(dialog, again) {
+  const over = new AbortController();
+  dialog.addEventListener("close", () => over.abort(), { once: true });
+  const look = () => document.hidden || again();
+  document.addEventListener("visibilitychange", look, { signal: over.signal });
+}
+
+/** What to do about a login of the host's; its front page is where to begin, if that is not us. */
+function theirs() {
+  const site = new URL("/", location.href).href;
+  const there = site === new URL(".", location.href).href ? "Sign in there" : h("a", { href: site, target: "_blank", rel: "noopener" }, "Sign in there");
+  return ["This site wants to know who you are. ", there, ", in another tab, and come back: what you wrote stays here."];
+}
+
+function why(wasRefused) {
   if (wasRefused) return "Your token is not valid, or not any more. What you wrote stays here, and goes on once you have signed in.";
   return "Paste the token you were given. It stays in this tab only.";
 }

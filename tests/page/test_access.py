@@ -104,6 +104,7 @@ def test_all_of_it_works_with_the_keyboard_alone(tab: Tab, fresh: str) -> None:
         expect(tab.button(name)).to_be_focused()
     keys.press("Enter")
     expect(tab.turn(1).locator(".outcome")).to_contain_text("Allowed")
+    expect(tab.turn(1).get_by_role("button", name="Copy answer")).to_be_visible()
     expect(tab.box).to_be_focused()
     keys.press("Shift+Tab")
     keys.press("Shift+Tab")

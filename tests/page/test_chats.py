@@ -13,6 +13,7 @@ from playwright.sync_api import expect
 
 from tests.live.harness import Server
 from tests.live.harness import token
+from tests.page.conftest import APP
 from tests.page.conftest import Opened
 from tests.page.conftest import Tab
 
@@ -251,6 +252,29 @@ def test_a_login_of_the_hosts_that_ends_is_asked_for_again(
     expect(tab.turn().locator(".prose")).to_have_text("You wrote: am I in?")
 
 
+def test_who_comes_back_signed_in_goes_on_without_a_click(
+    browse: Opened, tmp_path: Path, fresh: str
+) -> None:
+    env = {"TEST_PREFIX": "/agent", "TEST_LOGIN": "cookie", "AGENTAO_DEMO": "1"}
+    with Server(tmp_path, app=APP, **env) as host:
+        tab = browse(at=host, who=None)
+        tab.allowed.append("401")
+        tab.page.goto(host.url + "/agent/")
+        dialog = tab.page.get_by_role("dialog")
+        # The demo's token is none here.
+        expect(dialog.get_by_role("button")).to_have_text(["I have signed in"])
+        there = dialog.get_by_role("link", name="Sign in there")
+        expect(there).to_have_attribute("href", host.url + "/")
+        come_back = "document.dispatchEvent(new Event('visibilitychange'))"
+        with tab.page.expect_response(lambda response: response.status == 401):
+            tab.page.evaluate(come_back)
+        expect(dialog).to_have_count(1)
+        tab.page.context.request.get(f"{host.url}/login/{fresh}")
+        signed_in = "'ready' in document.documentElement.dataset"
+        tab.page.wait_for_function(f"() => {{ {come_back}; return {signed_in}; }}", polling=300)
+        expect(dialog).to_have_count(0)
+
+
 def test_the_demo_offers_its_token_and_works_with_real_agents(
     browse: Opened, tmp_path: Path
 ) -> None:
@@ -266,6 +290,7 @@ def test_the_demo_offers_its_token_and_works_with_real_agents(
         tab.button("Allow once").click()
         card = tab.turn().locator(".card.tool")
         expect(card.locator(".chip")).to_have_text("Done")
+        expect(card.locator(".brief")).to_have_text("plan.txt")
         expect(tab.turn().locator(".prose").last).to_contain_text("Done.")
         usage = tab.turn().locator(".usage")
         expect(usage).to_have_text(re.compile(r"^[\d,]+ tokens in · \d+ out · 1 tool · .* m?s$"))
@@ -273,6 +298,10 @@ def test_the_demo_offers_its_token_and_works_with_real_agents(
         expect(card.locator(".result")).to_contain_text("Successfully wrote")
         tab.say("fail")
         expect(tab.turn(1).locator(".notice.bad")).to_contain_text("model could not be reached")
+        tab.page.reload()
+        tab.ready()
+        # As it was: a call names its arguments in their order.
+        expect(tab.turn().locator(".card.tool .brief")).to_have_text("plan.txt")
 
 
 def test_a_token_that_is_none_is_told_and_one_can_be_forgotten(

@@ -348,6 +348,7 @@ def test_two_tabs_of_one_chat_are_both_live(browse: Opened, fresh: str) -> None:
     one.button("Allow once").click()
     expect(other.turn(2).locator(".outcome")).to_have_text(f"Allowed by {who}")
     expect(other.box).to_be_focused()
+    expect(one.turn(2).locator(".outcome")).to_have_text("Allowed")
     for tab in (one, other):
         expect(tab.turn(2).locator(".prose")).to_have_text("You said: True")
         expect(tab.page.locator(".turn")).to_have_count(3)

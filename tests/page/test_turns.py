@@ -130,6 +130,7 @@ def test_options_are_buttons_and_other_words_are_welcome(tab: Tab) -> None:
     expect(card).to_contain_text("Which colour?")
     card.get_by_role("button", name="green").click()
     expect(tab.turn().locator(".prose")).to_have_text("You said: green")
+    expect(card.locator(".outcome")).to_have_text("Answered: green")
     tab.say("choose")
     tab.turn(1).get_by_role("textbox", name="Something else").fill("blue, of course")
     tab.turn(1).get_by_role("button", name="Send answer").click()
