@@ -213,7 +213,6 @@ export class QuestionCard {
     try {
       const { outcome } = await this.reply({ question_id: this.id, ...answer });
       this.#over(outcome, { remember: answer.remember, answer: answer.answer });
-      this.done();
     } catch (error) {
       // Another tab was faster; the event says how, this only in case that it is long gone.
       if (error.code === "question_closed") this.#over(error.details.outcome ?? "cancelled", { by: error.details.by });

@@ -128,13 +128,23 @@ export class Composer {
   }
 
   async attach(files) {
+    const sid = this.#sid;
     const good = files.filter((file) => KINDS.includes(file.type));
-    this.#complain(good.length < files.length ? "Only PNG, JPEG, GIF and WebP images can be attached." : "");
+    let trouble = good.length < files.length ? "Only PNG, JPEG, GIF and WebP images can be attached." : "";
+    const read = [];
     for (const file of good) {
-      const url = await dataUrl(file);
-      this.#images.push({ name: file.name, mimeType: file.type, data: url.slice(url.indexOf(",") + 1) });
+      try {
+        const url = await dataUrl(file);
+        read.push({ name: file.name, mimeType: file.type, data: url.slice(url.indexOf(",") + 1) });
+      } catch {
+        trouble = `${file.name} cannot be read.`;
+      }
     }
-    if (good.length) announce(good.length === 1 ? "Image attached" : `${good.length} images attached`);
+    // Another chat was opened meanwhile: they are not for that.
+    if (sid !== this.#sid) return;
+    this.#images.push(...read);
+    this.#complain(trouble);
+    if (read.length) announce(read.length === 1 ? "Image attached" : `${read.length} images attached`);
     this.#showShelf();
     this.#buttons();
     this.focus();
@@ -146,8 +156,9 @@ export class Composer {
         h(
           "figure",
           {},
-          h("img", { src: `data:${image.mimeType};base64,${image.data}`, alt: image.name }),
-          iconButton("close", `Remove ${image.name}`, () => {
+          h("img", { src: `data:${image.mimeType};base64,${image.data}`, alt: image.name ?? "" }),
+          // One that is sent again after a reload has lost its name.
+          iconButton("close", `Remove ${image.name ?? "image"}`, () => {
             this.#images = this.#images.filter((one) => one !== image);
             this.#showShelf();
             this.#buttons();

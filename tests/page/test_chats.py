@@ -216,6 +216,18 @@ def test_what_is_too_large_is_told_and_can_be_changed(browse: Opened, narrow: Se
     expect(tab.turn().locator(".prose")).to_have_text("You wrote: look")
 
 
+def test_an_image_that_cannot_be_read_is_said_to_be_so(tab: Tab) -> None:
+    tab.page.evaluate(
+        "FileReader.prototype.readAsDataURL = function () {"
+        " setTimeout(() => this.dispatchEvent(new ProgressEvent('error'))); }"
+    )
+    tab.page.locator("input[type=file]").set_input_files(
+        {"name": "one.png", "mimeType": "image/png", "buffer": png()}
+    )
+    expect(tab.page.locator("form .trouble")).to_have_text("one.png cannot be read.")
+    expect(tab.page.locator(".shelf img")).to_have_count(0)
+
+
 def test_behind_a_prefix_and_with_the_hosts_login_no_token_is_asked_for(
     browse: Opened, monolith: Server, fresh: str
 ) -> None:
