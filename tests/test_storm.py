@@ -175,8 +175,10 @@ def welcome(probe: Probe, sid: str) -> t.Any:
 
 
 @pytest.mark.parametrize("often", [0.0, 0.05])
-@pytest.mark.parametrize("seed", range(3))
-def test_storm(stores: cabc.Callable[[], Store], seed: int, often: float) -> None:
+@pytest.mark.parametrize("seed", range(2))
+def test_in_any_weather_each_turn_ends_once_and_nothing_is_left(
+    stores: cabc.Callable[[], Store], seed: int, often: float
+) -> None:
     chance = random.Random(seed)
     probes = [
         Probe(script, store=Stumbling(stores(), chance, often), max_turns=3, stop_grace=30.0)
@@ -184,7 +186,7 @@ def test_storm(stores: cabc.Callable[[], Store], seed: int, often: float) -> Non
     ]
     try:
         storm = Storm(probes, seed)
-        storm.blow(1.5)
+        storm.blow(0.8)
         settle(probes)
         check(probes[0], [started for _, started in storm.started])
         for probe in probes:
