@@ -184,7 +184,9 @@ def taking_tickets(app: WSGIApplication, prefix: str) -> WSGIApplication:
 
     The environment is changed in place, so the server's own access log does not see it either.
     """
-    ours = re.compile(f"{re.escape(prefix)}/+(?:chat|session)/")
+    # As WSGI has paths, and with any number of slashes: Werkzeug redirects those.
+    names = [*prefix.encode().decode("latin-1").split("/"), "(?:chat|session)/"]
+    ours = re.compile("/+".join([*map(re.escape, names[:-1]), names[-1]]))
 
     def taking(environ: WSGIEnvironment, start_response: StartResponse) -> cabc.Iterable[bytes]:
         if environ.get("QUERY_STRING") and ours.match(environ.get("PATH_INFO", "")):

@@ -300,7 +300,7 @@ def polled(probe: Probe, started: Started) -> Event:
     """The end of a turn for a client that polls; it is not told before that nothing runs."""
     cursor, until = started.cursor, probe.pool.clock() + PATIENCE
     while probe.pool.clock() < until:
-        live = probe.pool.find(probe.key())
+        live = probe.pool.find(started.live.key)
         probe.pool.read_here(live)
         reader = Reader(live, probe.store, cursor, entered=probe.pool.reader_came)
         found = poll(reader, wait=1.0, limit=100, max_bytes=10**6)

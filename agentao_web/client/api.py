@@ -25,6 +25,15 @@ Token = str | cabc.Callable[[], str]
 
 #: The first and the longest pause before trying again, in seconds.
 _PAUSE, _LONGEST_PAUSE = 0.2, 5.0
+#: The most an answer, or one event, may weigh, in bytes or characters.
+MOST: t.Final = 2**26
+#: What the fields of answers are.
+_KINDS: t.Final[dict[str, type]] = {
+    **dict.fromkeys(("events", "messages", "sessions"), list),
+    **dict.fromkeys(("state", "turn_id", "outcome", "title"), str),
+    **dict.fromkeys(("cursor", "cancelled"), int),
+    **dict.fromkeys(("more", "ok"), bool),
+}
 _log = logging.getLogger("agentao_web.client")
 
 
@@ -49,7 +58,8 @@ class Patience:
             # From here on it is counted: a stream may have been quiet, and well, for long before.
             self._until = time.monotonic() + self._seconds
         wait = min(_LONGEST_PAUSE, _PAUSE * 2**self._failures) * random.uniform(0.5, 1)
-        wait = wait if hint is None else hint
+        # Whatever the server says: without any pause it would be asked without end.
+        wait = wait if hint is None else max(hint, _PAUSE)
         self._failures = min(self._failures + 1, 10)
         if time.monotonic() + wait > self._until:
             if isinstance(cause, ClientError):
@@ -85,8 +95,8 @@ class Api:
         self._base = str(url).rstrip("/")
         self._http = http
         self._token = token
-        self._bearer = _sendable(token) if isinstance(token, str) else None
-        self._headers = {_sendable(name): _sendable(value) for name, value in headers.items()}
+        self._bearer = _bearer(token) if isinstance(token, str) else None
+        self._headers = {sendable(name): sendable(value) for name, value in headers.items()}
         if token is None:
             # A login by cookies: no page of another site sends this.
             self._headers.setdefault("Sec-Fetch-Site", "same-origin")
@@ -113,8 +123,7 @@ class Api:
     ) -> tuple[int, dict[str, t.Any]]:
         """The status and the JSON object of one attempt, which has the fields it *needs*."""
         with self.open(method, path, accept=JSON, **request) as response:
-            response.read()
-            return response.status_code, as_object(response, needs)
+            return response.status_code, as_object(response, read(response), needs)
 
     @contextlib.contextmanager
     def open(
@@ -161,8 +170,7 @@ class Api:
                 if response.status_code == 401 and self._renew(bearer):
                     continue
                 if not response.is_success:
-                    response.read()
-                    raise refusal(response)
+                    raise refusal(response, read(response))
                 if accept == SSE:
                     # From here on it may be silent, but for the server's keep-alive comments.
                     request.extensions["timeout"]["read"] = self.silence
@@ -173,7 +181,7 @@ class Api:
 
     def _fresh(self) -> str | None:
         if callable(self._token):
-            self._bearer = _sendable(self._token())
+            self._bearer = _bearer(self._token())
         return self._bearer
 
     def _renew(self, refused: str | None) -> bool:
@@ -184,27 +192,56 @@ class Api:
 def _address(base_url: str) -> httpx.URL:
     with contextlib.suppress(httpx.InvalidURL):
         url = httpx.URL(base_url)
-        if url.scheme in ("http", "https") and url.host:
+        if url.scheme in ("http", "https") and url.host and not (url.query or url.fragment):
             return url
     raise ValueError(f"{base_url!r} is no http:// or https:// address of a server")
 
 
-def _sendable(text: str) -> str:
+def sendable(text: str) -> str:
     """*text* as it can stand in a header; ValueError otherwise, and never what it was."""
-    if not (text.isascii() and text.isprintable()):
+    if not (isinstance(text, str) and text.isascii() and text.isprintable()):
         raise ValueError("a token or header may have printable ASCII characters only")
+    if text != text.strip():
+        raise ValueError("a token or header may not begin or end with a space")
     return text
 
 
-def as_object(response: httpx.Response, needs: str = "") -> dict[str, t.Any]:
-    """The JSON object of a success, read to its end; *needs* are fields of it."""
+def _bearer(token: str) -> str:
+    if not sendable(token):
+        raise ValueError("the token is empty")
+    return token
+
+
+def read(response: httpx.Response) -> bytes:
+    """The body, if it is not too long: what is compressed may come out without end."""
+    body = bytearray()
+    for part in response.iter_bytes():
+        body += part
+        if len(body) > MOST:
+            raise too_long(response)
+    return bytes(body)
+
+
+def too_long(response: httpx.Response) -> NotOurs:
+    """No answer of ours weighs that much."""
+    return NotOurs(response.status_code, "http_error", "The answer does not end")
+
+
+def as_object(response: httpx.Response, content: bytes, needs: str = "") -> dict[str, t.Any]:
+    """The JSON object *content* of a success; *needs* are fields of it."""
     kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind != JSON:
         raise NotOurs(response.status_code, "http_error", f"The answer is {kind or 'no JSON'}")
     try:
-        body = json.loads(response.content)
-    except ValueError:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
         raise httpx.DecodingError("the answer broke off", request=response.request) from None
-    if not isinstance(body, dict) or not body.keys() >= set(needs.split()):
+    if not isinstance(body, dict) or not all(_has(body, name) for name in needs.split()):
         raise NotOurs(response.status_code, "http_error", "The answer is no agentao-web's")
     return body
+
+
+def _has(body: dict[str, t.Any], name: str) -> bool:
+    value = body.get(name)
+    items = value if isinstance(value, list) else ()
+    return isinstance(value, _KINDS[name]) and all(isinstance(item, dict) for item in items)

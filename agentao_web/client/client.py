@@ -196,7 +196,7 @@ class Client:
             params = {"after": after, "limit": 200}
             found = self._api.call("GET", path, needs="messages more", params=params)
             yield from found["messages"]
-            if not found["more"]:
+            if not (found["more"] and found["messages"]):
                 return
             after = found["messages"][-1]["id"]
 

@@ -31,7 +31,8 @@ class TurnFailed(ClientError):
         """What there is of the turn all the same."""
         self.code = str(error.get("code", "internal_error"))
         self.message = str(error.get("message", "The turn failed."))
-        self.details = dict(error.get("details") or {})
+        details = error.get("details")
+        self.details = dict(details) if isinstance(details, dict) else {}
         super().__init__(f"{self.message} ({self.code})")
 
 
@@ -127,10 +128,10 @@ _BY_CODE: t.Final[dict[str, type[ApiError]]] = {
 }
 
 
-def refusal(response: httpx.Response) -> ApiError:
-    """The error that *response*, read to its end, stands for."""
+def refusal(response: httpx.Response, content: bytes) -> ApiError:
+    """The error that *response* with the body *content* stands for."""
     status = response.status_code
-    told = _told(response)
+    told = _told(content)
     wait = _seconds(response.headers.get("Retry-After"))
     if told is None:
         kind = _BY_STATUS.get(status, NotOurs)
@@ -140,11 +141,11 @@ def refusal(response: httpx.Response) -> ApiError:
     return kind(status, told["code"], told["message"], told["details"], wait)
 
 
-def _told(response: httpx.Response) -> dict[str, t.Any] | None:
+def _told(content: bytes) -> dict[str, t.Any] | None:
     """The body, if it is one of agentao-web's errors."""
     try:
-        body = json.loads(response.content)
-    except ValueError:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
         return None
     kinds = {"code": str, "message": str, "details": dict}
     if isinstance(body, dict) and all(isinstance(body.get(k), v) for k, v in kinds.items()):

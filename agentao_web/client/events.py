@@ -6,6 +6,9 @@ import collections.abc as cabc
 import dataclasses
 import typing as t
 
+#: Numbers from here on are none of ours: they are below 2^53.
+_MOST: t.Final = 2**63
+
 
 @dataclasses.dataclass(frozen=True)
 class Event:
@@ -32,7 +35,7 @@ class Event:
 
     def _number(self, name: str) -> int:
         value = self.data.get(name)
-        return value if isinstance(value, int) else 0
+        return value if isinstance(value, int) and abs(value) < _MOST else 0
 
     def _object(self, name: str) -> dict[str, t.Any]:
         value = self.data.get(name)
@@ -40,7 +43,7 @@ class Event:
 
     def _list(self, name: str) -> list[str]:
         value = self.data.get(name)
-        return list(value) if isinstance(value, list) else []
+        return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
 
 
 class TurnQueued(Event):
@@ -149,8 +152,7 @@ class Question(Event):
     @property
     def expires_at(self) -> float:
         """Unix seconds, of the server's clock."""
-        value = self.data.get("expires_at")
-        return float(value) if isinstance(value, int | float) else 0.0
+        return _moment(self.data.get("expires_at"))
 
 
 class ToolConfirmation(Question):
@@ -307,10 +309,17 @@ def event(fields: t.Any) -> Event:
     if not isinstance(fields, dict) or not isinstance(fields.get("type"), str):
         raise ValueError("not an event")
     seq, turn_id, data = fields.get("seq"), fields.get("turn_id"), fields.get("data")
-    if not isinstance(seq, int | None) or not isinstance(turn_id, str | None):
+    if not _is_cursor(seq) or not isinstance(turn_id, str | None):
         raise ValueError("an event's seq is a number, and its turn_id a text")
     kind = fields["type"]
     data = data if isinstance(data, dict) else {}
-    ts = fields.get("ts")
-    when = float(ts) if isinstance(ts, int | float) else 0.0
-    return TYPES.get(kind, Event)(seq, turn_id, kind, data, when, fields)
+    return TYPES.get(kind, Event)(seq, turn_id, kind, data, _moment(fields.get("ts")), fields)
+
+
+def _is_cursor(seq: t.Any) -> bool:
+    return seq is None or (type(seq) is int and 0 <= seq < _MOST)
+
+
+def _moment(value: t.Any) -> float:
+    """Unix seconds; 0 for what is no such number."""
+    return float(value) if isinstance(value, int | float) and abs(value) < _MOST else 0.0

@@ -10,9 +10,11 @@ import typing as t
 import httpx
 from httpx_sse import EventSource
 
+from agentao_web.client.api import MOST
 from agentao_web.client.api import SSE
 from agentao_web.client.api import Api
 from agentao_web.client.api import Patience
+from agentao_web.client.api import too_long
 from agentao_web.client.errors import ApiError
 from agentao_web.client.errors import passes
 from agentao_web.client.events import Event
@@ -82,7 +84,7 @@ class Reading:
         patience = Patience(self._api.patience)
         while not self.over:
             self._hint, self._idle, self._alive = None, False, False
-            news = False
+            news, before = False, self.cursor
             try:
                 with contextlib.closing(self._open(patience)) as source:
                     for found in source:
@@ -100,7 +102,7 @@ class Reading:
             except ApiError as exc:
                 self._refused(exc, patience)
             else:
-                self._go_on(patience, news)
+                self._go_on(patience, news or self.cursor != before)
             if self._late is not None and self._take(self._late):
                 yield self._late
 
@@ -144,9 +146,11 @@ class Reading:
                 kind = response.headers.get("Content-Type", "").partition(";")[0]
                 if kind.strip().lower() != SSE:
                     raise NoStream
-                for message in EventSource(response).iter_sse():
+                bounded = _Bounded(response)
+                for message in EventSource(t.cast(httpx.Response, bounded)).iter_sse():
+                    bounded.reset()
                     if message.retry is not None:
-                        self._hint = min(message.retry / 1000, _LONGEST_HINT)
+                        self._hint = min(message.retry, _LONGEST_HINT * 1000) / 1000
                     if message.data:
                         yield _decoded(message.data, response)
                         self._ways.came_through()
@@ -226,9 +230,29 @@ class Reading:
         elif self._hint is not None:
             patience.reset()
             patience.pause(_Ended("the server ended the stream"), self._hint)
-        elif not (self._polls or news):
+        elif not news:
             self._note_empty(news)
-            patience.pause(_Ended("the stream ended before it brought anything"))
+            patience.pause(_Ended("nothing new was brought"))
+
+
+class _Bounded:
+    """A stream that is given up when one event of it does not end."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.headers = response.headers
+        self._response = response
+        self._room = MOST
+
+    def reset(self) -> None:
+        """An event has come to its end."""
+        self._room = MOST
+
+    def iter_text(self) -> cabc.Iterator[str]:
+        for text in self._response.iter_text():
+            self._room -= len(text)
+            if self._room < 0:
+                raise too_long(self._response)
+            yield text
 
 
 class _Ended(Exception):
@@ -238,7 +262,7 @@ class _Ended(Exception):
 def _decoded(data: str, response: httpx.Response) -> Event:
     try:
         return _event(json.loads(data))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise httpx.DecodingError("garbled event", request=response.request) from None
 
 

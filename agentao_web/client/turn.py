@@ -10,6 +10,7 @@ import uuid
 
 from agentao_web.client.api import Api
 from agentao_web.client.api import Patience
+from agentao_web.client.api import sendable
 from agentao_web.client.errors import ApiError
 from agentao_web.client.errors import ConnectionLost
 from agentao_web.client.errors import NotFound
@@ -56,7 +57,7 @@ class Turn(Reading):
         self.reply: Reply | None = None
         """How it ended; None before that."""
         self._body = json.dumps(fields).encode()
-        self._headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+        self._headers = {"Idempotency-Key": sendable(key or uuid.uuid4().hex)}
         self._on_question = on_question
         self._asked: set[str] = set()
         self._pending: Question | None = None

@@ -23,12 +23,16 @@ from agentao_web.client import TurnQueued
 #: Control sequences (ECMA-48), as a whole where they are whole: CSI, then OSC, DCS and their like.
 _SEQUENCE: t.Final = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
-    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x90\x98\x9c-\x9f]*(?:\x07|\x1b\\|\x9c)"
     r"|\x1b[ -/]*[0-~]"
 )
 #: Kept of what has no shape of its own: emoji and some scripts need the joiners.
 _KEPT: t.Final = frozenset("\n\t\u200c\u200d")
 _UNSAFE: t.Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+#: Letters and marks that show as nothing, or as a blank.
+_BLANK: t.Final = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+)
 #: How much of a tool's arguments a line shows, in characters.
 _ARGUMENTS: t.Final = 100
 
@@ -49,7 +53,7 @@ def visible(text: str) -> str:
 
     For what a person decides about: it has to be seen that there is something.
     """
-    return "".join(c if _is_safe(c) and c not in _KEPT else _escaped(c) for c in text)
+    return "".join(c if c.isprintable() and not _BLANK.match(c) else _escaped(c) for c in text)
 
 
 def _escaped(character: str) -> str:

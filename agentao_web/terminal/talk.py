@@ -199,7 +199,7 @@ class Talk:
         except NotFound:
             self._screen.note(f"a new session: {self._session}")
             return
-        title = f", {line(snapshot['title'], 60)}" if snapshot.get("title") else ""
+        title = f", {line(str(snapshot['title']), 60)}" if snapshot.get("title") else ""
         self._screen.note(f"the session {self._session}{title}")
         for entry in self._client.messages(self._session, last=_LAST):
             _print(entry)

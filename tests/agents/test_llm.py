@@ -392,6 +392,45 @@ STREAMS: dict[str, list[t.Any]] = {
     "fields nobody knows": [{**_chunk({"content": "a", "items": [1], "get": 2}), "keys": {"a": 1}}],
     "no delta": [_chunk(None), _chunk({"content": "x"}, finish_reason="length")],
     "a chunk that is none": [_chunk({"content": "x"}), "text"],
+    "a chunk that is a list": [_chunk({"content": "x"}), [1]],
+    "a chunk that is null": [_chunk({"content": "x"}), None],
+    "choices that are none": [{"choices": {"0": 1}}],
+    "a choice that is text": [{"choices": ["x"]}],
+    "a delta that is text": [_chunk("x")],
+    "a delta that is a list": [_chunk([1])],
+    "content that is no text": [_chunk({"content": [{"type": "text", "text": "x"}]})],
+    "calls that are none": [_call_part(), _chunk({"tool_calls": "x"})],
+    "a call that is null": [_chunk({"tool_calls": [None]})],
+    "an index that is none": [
+        _call_part(index="0", id="a", function={"name": "x", "arguments": "{}"}),
+        _call_part(index=None, function={"arguments": "y"}),
+        _call_part(index=-1, id=7, function={"name": "z", "arguments": "{}"}),
+    ],
+    "usage that is no number": [
+        {**_chunk({"content": "x"}), "usage": {"prompt_tokens": "9", "completion_tokens": 1.5}}
+    ],
+    "usage without an end": [
+        {**_chunk({"content": "x"}), "usage": {"prompt_tokens": float("nan")}},
+        {**_chunk({}), "usage": {"prompt_tokens": float("inf"), "completion_tokens": -1}},
+    ],
+    "usage in lists": [
+        {**_chunk({"content": "x"}), "usage": {"prompt_tokens_details": [1], "prompt_tokens": 1}}
+    ],
+    "names of methods at every level": [
+        {
+            **_chunk(
+                {"content": "x", "get": 1, "__class__": 2, "__len__": 3, "__bool__": 0, "copy": 4},
+                pop=5,
+                __getattr__=6,
+            ),
+            "usage": {"prompt_tokens": 3, "items": 1, "__iter__": 2, "__dict__": {"a": 1}},
+            "__getattribute__": 7,
+        }
+    ],
+    "an empty object": [{}, _chunk({"content": "x"})],
+    "an error that is text": [{"error": "no"}],
+    "an error that is empty": [{"error": {}}, _chunk({"content": "x"})],
+    "deep below": [{**_chunk({"content": "x"}), "more": json.loads("[" * 300 + "]" * 300)}],
     "an error in the middle": [_chunk({"content": "x"}), {"error": {"message": "no", "code": 1}}],
 }
 
@@ -432,7 +471,7 @@ def test_a_stream_is_read_as_the_sdk_reads_it(make_pool: MakePool, name: str) ->
         return (
             *(told, calls, message.content, message.reasoning_content, got.model),
             *(got.choices[0].finish_reason, got.finish_reason_reported),
-            *(got.usage and got.usage.prompt_tokens, client.usage_snapshot()),
+            *(getattr(got.usage, "prompt_tokens", None), client.usage_snapshot()),
         )
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as provider:

@@ -237,7 +237,7 @@ def good() -> httpx.Response:
         (lambda: refused(503, "draining", headers={"Retry-After": "1"}), "in 1.0 s"),
         (lambda: refused(429, "too_many_turns", headers={"Retry-After": "1"}), "in 1.0 s"),
         (lambda: refused(503, "store_unavailable"), "store_unavailable"),
-        (lambda: refused(409, "session_busy", headers={"Retry-After": "0"}), "in 0.0 s"),
+        (lambda: refused(409, "session_busy", headers={"Retry-After": "0"}), "in 0.2 s"),
         (lambda: refused(409, "session_busy", details={"reason": "deleting"}), "session_busy"),
         (lambda: httpx.Response(502, html="<h1>Bad gateway</h1>"), "Bad Gateway"),
         (lambda: httpx.Response(503, text="", headers={"Retry-After": "1"}), "in 1.0 s"),

@@ -76,6 +76,22 @@ def test_what_is_approved_is_seen_as_it_is() -> None:
     assert "\\u202e" in arguments({"command": "rm \u202etxt"})
 
 
+@pytest.mark.parametrize(
+    "blank", "\u00a0\u2003\u3000\u3164\u2800\ufe0f\u034f\U000e0101\U000e0fff\ue000"
+)
+def test_no_blank_is_taken_for_a_space_or_for_nothing(blank: str) -> None:
+    code = f"\\U{ord(blank):08x}" if blank > "\uffff" else f"\\u{ord(blank):04x}"
+    code = f"\\x{ord(blank):02x}" if blank < "\u0100" else code
+    assert visible(f"rm{blank}-rf") == f"rm{code}-rf"
+    assert visible("naïve 日本語 e\u0301 \U0001f468") == "naïve 日本語 e\u0301 \U0001f468"
+
+
+@pytest.mark.parametrize("opens", ["\x90", "\x98", "\x9b", "\x9d", "\x1b[", "\x1b]", "\x1bP"])
+def test_many_sequences_that_never_end_are_read_once(opens: str) -> None:
+    """They were read again from each of them on: hours for what a model says in a second."""
+    assert is_harmless(clean(opens * 200_000))
+
+
 @pytest.mark.live
 def test_no_way_to_the_terminal(server: Server) -> None:
     """Model text, tool arguments, questions, options, titles and the transcript of before."""

@@ -360,6 +360,31 @@ def test_what_wrapped_the_app_before_sees_none(tmp_path: Path, path: str) -> Non
         shutdown(app, grace=2)
 
 
+@pytest.mark.parametrize("path", ["/a//b/chat/s/events", "/a/b//chat/s/events"])
+def test_no_redirect_to_fewer_slashes_says_it(tmp_path: Path, path: str) -> None:
+    site = Site(tmp_path, "/a/b")
+    try:
+        ticket = site.ticket()
+        site.seen.clear()
+        uri = f"{path}?wait=0&ticket={ticket}"
+        answer = site.app.test_client().get(uri, environ_overrides={"RAW_URI": uri})
+        assert answer.status_code == 308 and answer.headers["Location"].endswith("/events?wait=0")
+        assert ticket not in "".join(site.seen)
+    finally:
+        shutdown(site.app, grace=2)
+
+
+def test_below_a_prefix_of_any_letters(tmp_path: Path) -> None:
+    site = Site(tmp_path, "/ä b.+")
+    try:
+        ticket = site.ticket()
+        site.seen.clear()
+        assert site.read(ticket).status_code == 200
+        assert ticket not in "".join(site.seen)
+    finally:
+        shutdown(site.app, grace=2)
+
+
 def test_what_a_host_calls_a_ticket_stays_its_own(tmp_path: Path) -> None:
     app = host(tmp_path)
     app.add_url_rule("/concert", view_func=lambda: request.args["ticket"])
