@@ -33,6 +33,8 @@ _LEAST_ANSWER: t.Final = 256
 _SHARE: t.Final = 10
 _LEAST_SHARE: t.Final = 1_024
 
+#: More than any call can cost; a provider that reports it is not believed.
+_MOST_TOKENS: t.Final = 10**9
 _LENGTH: t.Final = frozenset({"length", "max_tokens", "max_output_tokens"})
 
 Data = cabc.Mapping[str, t.Any]
@@ -140,8 +142,7 @@ class Meter:
             self._reserved(stage, self._limit, least=1, most=0)
 
     def _count_after(self, data: Data) -> None:
-        parts = (data.get("prompt_tokens"), data.get("completion_tokens"))
-        used = sum(n for n in parts if isinstance(n, int))
+        used = _reported((data.get("prompt_tokens"), data.get("completion_tokens")))
         self._tokens += used
         if self._limit is not None and used:
             self._counted(lambda purse: purse.spend(self._tenant, used))
@@ -240,8 +241,8 @@ class Meter:
         if getattr(token, "is_cancelled", False) or finish is None:
             return None
         usage = getattr(response, "usage", None)
-        parts = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
-        reported = sum(n for n in parts if isinstance(n, int) and not isinstance(n, bool) and n > 0)
+        names = ("prompt_tokens", "completion_tokens")
+        reported = _reported(getattr(usage, name, None) for name in names)
         return reported or prompt + self._weigh_answer(message)
 
     def _look_after(self, stage: Stage, response: t.Any, reason: str | None) -> None:
@@ -279,6 +280,12 @@ def _images(message: dict[str, t.Any]) -> int:
     if not isinstance(content, list):
         return 0
     return sum(isinstance(part, dict) and part.get("type") == "image_url" for part in content)
+
+
+def _reported(counts: cabc.Iterable[t.Any]) -> int:
+    """The sum of what a provider reports, as far as these are numbers of tokens."""
+    known = (n for n in counts if isinstance(n, int) and not isinstance(n, bool))
+    return sum(n for n in known if 0 < n <= _MOST_TOKENS)
 
 
 def _said(response: t.Any) -> tuple[t.Any, str | None]:

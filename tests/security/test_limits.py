@@ -502,6 +502,16 @@ def test_tokens_of_a_hosts_own_agent_are_counted_after_each_call(web: Make) -> N
     assert w.spent() >= 600
 
 
+@pytest.mark.parametrize("reported", [-600, True, 2**70, "600", None])
+def test_what_is_no_number_of_tokens_is_not_counted(web: Make, reported: t.Any) -> None:
+    """A provider that reports less than nothing would fill a budget up again."""
+    calls = [emit("llm_call_started"), says("x")]
+    odd = emit("llm_call_completed", prompt_tokens=reported, completion_tokens=20)
+    w = web(agents=scripted(*calls, odd), tokens_per_day=500)
+    assert w.ask("go")["status"] == "completed"
+    assert w.spent() == 20
+
+
 def test_a_demo_has_limits_too(web: Make) -> None:
     w = web(demo=True, tokens_per_day=1_000_000)
     w.ask("say hi")
