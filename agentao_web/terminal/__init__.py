@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -119,8 +120,17 @@ def chat(
     except BrokenPipeError:
         raise  # Whoever read it has enough; click ends quietly.
     except (OSError, ValueError) as exc:
+        _give_up_output()
         kind = click.UsageError if isinstance(exc, ValueError) else click.ClickException
         raise kind(line(str(exc))) from None
+
+
+def _give_up_output() -> None:
+    """What could not be written is not tried again at the end: that would change the exit code."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _message(given: str | None) -> str:

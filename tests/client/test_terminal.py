@@ -223,10 +223,12 @@ def test_how_it_ends(server: Server, client: Client, sid: str) -> None:
     eventually(lambda: client.session(sid)["state"] == "idle", "the turn is not stopped")
 
 
-def test_an_output_that_cannot_be_written(server: Server, sid: str) -> None:
+@pytest.mark.parametrize("buffering", ["", "1"])
+def test_an_output_that_cannot_be_written(server: Server, sid: str, buffering: str) -> None:
     command = [*PROGRAM, *where(server, sid), "count to 30"]
+    env = {**environ(), "PYTHONUNBUFFERED": buffering}
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environ())
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=env)
     assert done.returncode == 1 and b"Traceback" not in done.stderr
     with subprocess.Popen(
         [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ()
