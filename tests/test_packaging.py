@@ -142,6 +142,7 @@ def test_the_installed_wheel_runs(installed: Path, tmp_path: Path) -> None:
     assert Path(where.strip()).is_relative_to(installed)
 
 
+@pytest.mark.long
 def test_a_program_that_uses_the_wheel_is_typed(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(USER_PROGRAM)
     python = installed / "bin" / "python"

@@ -32,7 +32,7 @@ __all__ = ["stores"]
 KEPT, DOOMED = ("a", "b"), "d"
 #: What the store may fail at, before it did it or after.
 FRAGILE = (
-    *("claim", "enqueue", "end_queued", "append_many", "finish", "signal", "signals"),
+    *("claim", "enqueue", "end_queued", "append", "finish", "signal", "signals"),
     *("session", "active", "heads", "history", "take_over", "orphans", "ended", "tombstone"),
 )
 

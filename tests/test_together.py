@@ -310,7 +310,10 @@ def polled(probe: Probe, started: Started) -> Event:
                 assert event.seq is not None
                 return event
         assert state != "idle" or not reader.caught_up, "idle, and its end was not told"
-    raise AssertionError("its end was never told")
+    left = probe.store.active(started.live.key)
+    here = [(turn.turn.id, turn.turn.state) for turn in live.turns()]
+    mine = started.turn and (started.turn.outcome, started.turn.final, started.turn.late)
+    raise AssertionError(f"its end was never told: {state}, {cursor}, {left}, {here}, {mine}")
 
 
 def assert_one_end_each(probe: Probe) -> None:

@@ -169,6 +169,8 @@ BROKEN: dict[str, tuple[Edit, str, str, str]] = {
 }
 
 
+#: Found only after waits that others do not need.
+SLOW = "deaf to those who leave"
 #: What is collected is late too, comments as well, and a stream that is cut has no end.
 FOLLOWS = {
     "buffering": {"timeout"},
@@ -178,7 +180,10 @@ FOLLOWS = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.long] if n == SLOW else []) for n in BROKEN],
+)
 def test_what_is_broken_is_found(tmp_path: Path, upstreams: list[str], name: str) -> None:
     edit, check, level, cure = BROKEN[name]
 

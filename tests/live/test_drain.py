@@ -45,7 +45,10 @@ WAYS: dict[str, cabc.Callable[[Server], None]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(w, marks=[pytest.mark.long] if w == "max_requests" else []) for w in WAYS],
+)
 def test_nothing_is_left_of_workers_that_leave(
     tmp_path: Path, model: ModelServer, way: str
 ) -> None:

@@ -224,6 +224,7 @@ def test_a_second_server_does_not_take_the_sockets(tmp_path: Path) -> None:
         assert server.client.get("/healthz").status_code == 200
 
 
+@pytest.mark.long
 def test_what_a_killed_server_left_is_no_obstacle(tmp_path: Path) -> None:
     with Server(tmp_path, addresses=2, app=APP) as server:
         workers = server.workers()

@@ -79,7 +79,13 @@ def workers(server: Server, count: int) -> bool:
     return value(scrape(server), "agentao_workers") == count
 
 
-@pytest.mark.parametrize("preload", [(), ("--preload",)], ids=["plain", "preload"])
+@pytest.mark.parametrize(
+    "preload",
+    [
+        pytest.param((), id="plain"),
+        pytest.param(("--preload",), id="preload", marks=pytest.mark.long),
+    ],
+)
 def test_numbers_are_of_all_workers_and_survive_their_ends(
     tmp_path: Path, preload: tuple[str, ...]
 ) -> None:

@@ -86,7 +86,7 @@ def texts(request: t.Any) -> list[str]:
     return [json.dumps(m.get("content")) for m in request.body["messages"] if m["role"] == "user"]
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_a_long_conversation_with_any_workers_is_never_forgotten(
     tmp_path: Path, model: ModelServer, workers: int
 ) -> None:
