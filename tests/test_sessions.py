@@ -1171,3 +1171,38 @@ def test_the_end_of_a_queued_turn_that_cannot_be_stored_is_told_once_and_stored_
     ends = [(e.turn_id, e.data["status"]) for e in p.log() if e.type in ("done", "error")]
     assert len(ends) == 3 and dict(ends)[queued.turn_id] == "cancelled"
     assert dict(ends)[first.turn_id] == "failed"
+
+
+class _Slow(MemoryStore):
+    """Its queue takes the message "slow" only once its gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=1, log_bytes=2**22)
+        self.gate = Gate()
+
+    def enqueue(self, key: SessionKey, turn: t.Any, **options: t.Any) -> int:
+        if turn.message == "slow":
+            self.gate.stand()
+        return super().enqueue(key, turn, **options)
+
+
+def test_messages_that_are_stored_in_another_order_than_they_came_all_run(probe: Make) -> None:
+    """Otherwise the first waits for the row of the second, which waits for the first."""
+    store, goes_on = _Slow(), threading.Event()
+
+    def script(agent: FakeAgent, request: TurnRequest, stage: Stage) -> None:
+        if request.message == "one":
+            assert goes_on.wait(PATIENCE)
+
+    p = probe(script, store=store)
+    first = p.start("one")
+    slow: list[Started] = []
+    client = threading.Thread(target=lambda: slow.append(p.start("slow", on_busy="queue")))
+    client.start()
+    store.gate.meet()
+    quick = p.start("quick", on_busy="queue")
+    store.gate.opened.set()
+    client.join(PATIENCE)
+    goes_on.set()
+    for started in (first, *slow, quick):
+        assert p.finish(started).data["status"] == "completed"

@@ -194,9 +194,10 @@ class Store(t.Protocol):
     ) -> Claim:
         """Commit *turn*, its message and its first event, and take the session for it.
 
-        Creates the session if need be. A queued turn's row becomes the running one; only the
-        first of the queue may claim, and a turn that was not queued only if the queue is empty.
-        The ends of queued turns that nobody has written yet are written before.
+        Creates the session if need be. A queued turn's row becomes the running one; only a turn of
+        the worker whose turn is first in the queue may claim (which of its own that is it knows
+        best: their rows may have come in another order), and one that was not queued only if the
+        queue is empty. The ends of queued turns that nobody has written yet are written before.
 
         Raises SessionBusy if another turn holds the claim or is before this one, or if the session
         is being deleted (details ``reason: "deleting"``); TooManySessions if the tenant has no

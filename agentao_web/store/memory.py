@@ -211,7 +211,8 @@ class MemoryStore:
             if turn.id in record.endings:
                 raise ClaimLost
             waiting = _waiting(record)
-            if waiting and waiting[0].id != turn.id:
+            queued = any(one.id == turn.id for one in waiting)
+            if waiting and not (queued and waiting[0].worker == turn.worker):
                 raise SessionBusy("another turn of this session is first")
             return self._begin(record, turn, opening, now, use)
 

@@ -625,7 +625,8 @@ def _may_begin(db: sa.Connection, session: _Row, turn: TurnRow) -> tuple[bool, l
         raise ClaimLost
     left = [row for row in rows if row.final is not None]
     waiting = [row for row in rows if row.final is None]
-    if waiting and waiting[0].id != turn.id:
+    queued = any(row.id == turn.id for row in waiting)
+    if waiting and not (queued and waiting[0].worker == turn.worker):
         raise SessionBusy("another turn of this session is first")
     return bool(waiting), left
 

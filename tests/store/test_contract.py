@@ -200,13 +200,31 @@ def test_batches_of_several_sessions_are_written_together(store: Store) -> None:
     assert [[e.data["chunk"] for e in part] for part in said] == [["a"], [], ["c"]]
 
 
+def test_a_worker_knows_best_which_of_its_queued_turns_is_first(store: Store) -> None:
+    """Two requests at once are admitted in one order, and may be stored in the other."""
+    for name, worker in (("a1", "a"), ("a2", "a"), ("b1", "b")):
+        store.enqueue(KEY, dataclasses.replace(row(name), worker=worker), limit=4, new=True)
+    with pytest.raises(SessionBusy):
+        store.claim(KEY, dataclasses.replace(row("b1"), worker="b"), OPENING, 1.0)
+    with pytest.raises(SessionBusy):
+        store.claim(KEY, dataclasses.replace(row("a3"), worker="a"), OPENING, 1.0)
+    held = store.claim(KEY, dataclasses.replace(row("a2"), worker="a"), OPENING, 1.0)
+    assert [(one.id, one.state) for one in store.active(KEY)] == [
+        ("a2", "running"),
+        ("a1", "queued"),
+        ("b1", "queued"),
+    ]
+    store.finish(held, ending(held, 2))
+    assert store.claim(KEY, dataclasses.replace(row("a1"), worker="a"), OPENING, 2.0)
+
+
 def test_a_turn_may_be_queued_in_a_new_session(store: Store) -> None:
     """It waits for a place on its worker; and then it may claim."""
     assert store.enqueue(KEY, row("t1"), limit=4, new=True) == 1
     assert store.enqueue(KEY, row("t2"), limit=4, new=True) == 2
     assert [turn.state for turn in store.active(KEY)] == ["queued", "queued"]
     with pytest.raises(SessionBusy):
-        store.claim(KEY, row("t2"), OPENING, 1.0)
+        store.claim(KEY, row("t3"), OPENING, 1.0)
     assert store.claim(KEY, row("t1"), OPENING, 1.0).turn_id == "t1"
 
 
@@ -662,7 +680,8 @@ def test_the_queue_has_an_order(store: Store) -> None:
     assert [a.id for a in store.active(KEY)] == ["t1", "t5", "t4", "t2", "t3", "t6"]
     store.finish(held, ending(held, 2))
     for turn_id in ["t5", "t4", "t2", "t3", "t6"]:
-        run(store, turn_id)
+        held = claim(store, turn_id, worker="worker-2" if turn_id == "t3" else "worker-1")
+        store.finish(held, ending(held, 2))
     assert store.active(KEY) == []
 
 
@@ -699,12 +718,12 @@ def test_a_queue_has_an_end(store: Store) -> None:
 def test_only_the_first_of_the_queue_may_claim(store: Store) -> None:
     held = claim(store, "t1")
     enqueue(store, "t2")
-    enqueue(store, "t3")
+    enqueue(store, "t3", worker="worker-2")
     with pytest.raises(SessionBusy):
         claim(store, "t2")
     store.finish(held, ending(held, 2))
     with pytest.raises(SessionBusy):
-        claim(store, "t3")
+        claim(store, "t3", worker="worker-2")
     with pytest.raises(SessionBusy):
         claim(store, "a newcomer")
     run(store, "t2")
