@@ -414,9 +414,9 @@ class Runner:
         if final is not None:
             self._end_queued(live.key, turn.turn.id, Draft(final.type, final.data, final.extra))
 
-    def end_later(self, key: SessionKey, turn: LiveTurn) -> None:
-        """The store may have *turn* in its queue, and nobody here does: end it when it is back."""
-        orphan = Orphan(key, turn.turn.id, running=False, cursor=0)
+    def end_later(self, key: SessionKey, turn_id: str, ending: Draft | None = None) -> None:
+        """The store may have a turn in its queue, and nobody here does: end it when it is back."""
+        orphan = Orphan(key, turn_id, running=False, cursor=0, ending=ending)
         self.unclosed.append((None, orphan, "store_unavailable"))
 
     def _end_queued(self, key: SessionKey, turn_id: str, ending: Draft) -> Left | None:
@@ -424,9 +424,7 @@ class Runner:
             return self._store.end_queued(key, turn_id, ending, self._clock())
         except StoreUnavailable:
             self._log.warning("turn %s: its end is not in the log yet", turn_id)
-            self.unclosed.append(
-                (None, Orphan(key, turn_id, False, 0, ending), "store_unavailable")
-            )
+            self.end_later(key, turn_id, ending)
             return None
 
     def write_endings(self, key: SessionKey) -> None:
@@ -478,8 +476,8 @@ class Runner:
 
         It may be taken over already: then it is ours, and nobody takes it for lost any more.
         """
-        told = (orphan.key, orphan.turn_id, orphan.running, orphan.cursor, orphan.ending)
-        self.unclosed.append((None, Orphan(*told), LOST))
+        again = Orphan(orphan.key, orphan.turn_id, orphan.running, orphan.cursor, orphan.ending)
+        self.unclosed.append((None, again, LOST))
 
     def reap(self, orphan: Orphan) -> None:
         """End a turn nobody runs: in its log, in the transcript, in what the model reads.

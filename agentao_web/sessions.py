@@ -340,7 +340,7 @@ class SessionPool:
             )
         except StoreUnavailable:
             # Its commit may have gone through all the same, and nobody would ever run it.
-            self._runner.end_later(live.key, turn)
+            self._runner.end_later(live.key, turn.turn.id)
             raise
 
     def _wait_elsewhere(self, live: Live, turn: LiveTurn) -> None:
@@ -377,7 +377,7 @@ class SessionPool:
         ended = self.store.ended(key, turn_id)
         if ended is not None:
             return Started(live, turn_id, ended.cursor, str(ended.final.data["status"]))
-        # It was cancelled while it waited, and never was in the log.
+        # It waited, and its row has gone before: the session is being deleted.
         return Started(live, turn_id, live.head, State.CANCELLED.value)
 
     def _admit(self, key: SessionKey, turn: Turn) -> tuple[Live, LiveTurn, LiveTurn | None, bool]:

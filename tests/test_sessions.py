@@ -1098,6 +1098,15 @@ class _Stuck(MemoryStore):
         return super().append(batches)
 
 
+def one_behind_another(p: Probe) -> tuple[Started, Started]:
+    """A turn that has spoken, and one that waits for it."""
+    first = p.start()
+    read_until(p.pool, first, "llm_text")
+    queued = p.start("two", on_busy="queue")
+    read_until(p.pool, queued, "turn_queued")
+    return first, queued
+
+
 def test_the_end_of_a_queued_turn_is_shown_once_it_is_stored(probe: Make) -> None:
     """Told means kept, also under another turn's claim; and what follows comes in its order."""
     store, goes_on = _Stuck(), threading.Event()
@@ -1108,11 +1117,8 @@ def test_the_end_of_a_queued_turn_is_shown_once_it_is_stored(probe: Make) -> Non
         stage.publish(Draft("llm_text", {"chunk": "after"}))
 
     p = probe(script, store=store)
-    first = p.start()
-    read_until(p.pool, first, "llm_text")
-    queued = p.start("two", on_busy="queue")
+    first, queued = one_behind_another(p)
     assert queued.turn is not None
-    read_until(p.pool, queued, "turn_queued")
     with (
         Reader(first.live, store, first.cursor) as everything,
         Reader(first.live, store, queued.cursor, turn=queued.turn) as its_own,
@@ -1154,11 +1160,8 @@ def test_the_end_of_a_queued_turn_that_cannot_be_stored_is_told_once_and_stored_
         assert goes_on.wait(PATIENCE)
 
     p = probe(script, store=store)
-    first = p.start()
-    read_until(p.pool, first, "llm_text")
-    queued = p.start("two", on_busy="queue")
+    first, queued = one_behind_another(p)
     assert queued.turn is not None
-    read_until(p.pool, queued, "turn_queued")
     store.away.set()
     p.pool._runner.stop(first.live, queued.turn, "cancelled_by_user")
     goes_on.set()

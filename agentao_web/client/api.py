@@ -18,6 +18,8 @@ from agentao_web.client.errors import ConnectionLost
 from agentao_web.client.errors import NotOurs
 from agentao_web.client.errors import passes
 from agentao_web.client.errors import refusal
+from agentao_web.client.replies import Answer
+from agentao_web.client.replies import as_answer
 
 JSON: t.Final = "application/json"
 SSE: t.Final = "text/event-stream"
@@ -117,6 +119,15 @@ class Api:
                 if not passes(exc):
                     raise
                 patience.pause(exc, exc.retry_after)
+
+    def cancel(self, sid: str) -> int:
+        """Stop what the session runs and waits to run; how many turns that were."""
+        return int(self.call("POST", f"/chat/{sid}/cancel", needs="cancelled")["cancelled"])
+
+    def answer(self, sid: str, question_id: str, answer: Answer) -> str:
+        """Answer a question that is open; how that closed it. QuestionClosed if it was before."""
+        body = as_answer(question_id, answer)
+        return str(self.call("POST", f"/chat/{sid}/answer", needs="outcome", body=body)["outcome"])
 
     def once(
         self, method: str, path: str, *, needs: str = "", **request: t.Any

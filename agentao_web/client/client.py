@@ -20,7 +20,6 @@ from agentao_web.client.reading import Reading
 from agentao_web.client.reading import Ways
 from agentao_web.client.replies import Answer
 from agentao_web.client.replies import Reply
-from agentao_web.client.replies import as_answer
 from agentao_web.client.turn import OnQuestion
 from agentao_web.client.turn import Turn
 
@@ -148,16 +147,11 @@ class Client:
 
     def answer(self, session: str, question_id: str, answer: Answer) -> str:
         """Answer a question that is open; how that closed it. QuestionClosed if it was before."""
-        body = as_answer(question_id, answer)
-        answered = self._api.call(
-            "POST", f"/chat/{_named(session)}/answer", needs="outcome", body=body
-        )
-        return str(answered["outcome"])
+        return self._api.answer(_named(session), question_id, answer)
 
     def cancel(self, session: str) -> int:
         """Stop the running turn and end the queued ones; how many that were."""
-        path = f"/chat/{_named(session)}/cancel"
-        return int(self._api.call("POST", path, needs="cancelled")["cancelled"])
+        return self._api.cancel(_named(session))
 
     def events(
         self, session: str, *, after: int | None = None, follow: bool = False

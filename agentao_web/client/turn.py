@@ -23,7 +23,6 @@ from agentao_web.client.reading import Reading
 from agentao_web.client.reading import Ways
 from agentao_web.client.replies import Answer
 from agentao_web.client.replies import Reply
-from agentao_web.client.replies import as_answer
 from agentao_web.client.replies import reply
 
 OnQuestion = cabc.Callable[[Question], Answer]
@@ -86,7 +85,7 @@ class Turn(Reading):
 
     def cancel(self) -> int:
         """Stop what the session runs and waits to run; how many turns that were."""
-        return int(self._api.call("POST", f"{self._path}/cancel", needs="cancelled")["cancelled"])
+        return self._api.cancel(self.session_id)
 
     # -- questions ---------------------------------------------------------------------------------
 
@@ -100,8 +99,7 @@ class Turn(Reading):
             return
         # Somebody else was faster, or the session is gone: the next event tells.
         with contextlib.suppress(QuestionClosed, NotFound):
-            body = as_answer(question.question_id, answer)
-            self._api.call("POST", f"{self._path}/answer", body=body)
+            self._api.answer(self.session_id, question.question_id, answer)
 
     # -- beginning and end -------------------------------------------------------------------------
 
@@ -169,7 +167,7 @@ class Turn(Reading):
                 said = [m.get("content", "") for m in mine if m.get("role") == "assistant"]
                 return self._ending(entry["turn_status"], None, said[-1] if said else "")
         if not mine and self._status == "cancelled":
-            # While it waited in the queue of a worker; that is no part of the log.
+            # While it waited in a queue: the transcript has nothing of that.
             return self._ending("cancelled", None)
         return None
 

@@ -645,8 +645,10 @@ class MemoryStore:
 
 def _active(record: _Record) -> list[ActiveTurn]:
     def row(turn: TurnRow, state: t.Literal["queued", "running"], cursor: int) -> ActiveTurn:
-        told = (turn.id, turn.worker, state, turn.message, turn.created, cursor)
-        return ActiveTurn(*told, record.endings.get(turn.id))
+        ending = record.endings.get(turn.id)
+        return ActiveTurn(
+            turn.id, turn.worker, state, turn.message, turn.created, cursor, ending=ending
+        )
 
     running = [] if record.running is None else [row(record.running, "running", record.cursor)]
     return running + [row(turn, "queued", record.row.head) for turn in record.queue]

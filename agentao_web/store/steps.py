@@ -208,8 +208,10 @@ def waits(db: sa.Connection, session: Row) -> bool:
 def active_turn(row: Row, head: int) -> ActiveTurn:
     """An active turn as the protocol has it; what is queued begins after the *head* for now."""
     cursor = row.cursor if row.state == "running" else head
-    told = (row.id, row.worker, row.state, row.message, row.created, cursor)
-    return ActiveTurn(*told, ending_of(row.final))
+    ending = ending_of(row.final)
+    return ActiveTurn(
+        row.id, row.worker, row.state, row.message, row.created, cursor, ending=ending
+    )
 
 
 def insert_turn(

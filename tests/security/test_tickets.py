@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc as cabc
+import contextlib
 import json
 import logging
 import subprocess
@@ -285,33 +286,32 @@ def test_it_carries_who_logged_in_by_cookie(tmp_path: Path, secret: t.Any) -> No
         shutdown(app, grace=2)
 
 
-def test_two_hosts_without_keys_do_not_take_each_others(tmp_path: Path) -> None:
-    apps = [host(tmp_path / name) for name in ("one", "two")]
+@contextlib.contextmanager
+def tickets_of(*apps: Flask) -> cabc.Iterator[list[Tickets]]:
+    """What each application issues and reads tickets with."""
     try:
-        one, two = (app.extensions["agentao_web"].tickets for app in apps)
-        assert one.read(one.issue(ANN)[0], "s") is not None
-        assert two.read(one.issue(ANN)[0], "s") is None
+        yield [app.extensions["agentao_web"].tickets for app in apps]
     finally:
         for app in apps:
             shutdown(app, grace=2)
+
+
+def test_two_hosts_without_keys_do_not_take_each_others(tmp_path: Path) -> None:
+    with tickets_of(*(host(tmp_path / name) for name in ("one", "two"))) as (one, two):
+        assert one.read(one.issue(ANN)[0], "s") is not None
+        assert two.read(one.issue(ANN)[0], "s") is None
 
 
 def test_the_hosts_older_key_is_accepted(tmp_path: Path) -> None:
-    apps = [
-        host(tmp_path / "old", SECRET_KEY="the-old-flask-key"),
-        host(
-            tmp_path / "new",
-            SECRET_KEY="the-new-flask-key",
-            SECRET_KEY_FALLBACKS=["the-old-flask-key"],
-        ),
-    ]
-    try:
-        old, new = (app.extensions["agentao_web"].tickets for app in apps)
+    before = host(tmp_path / "old", SECRET_KEY="the-old-flask-key")
+    after = host(
+        tmp_path / "new",
+        SECRET_KEY="the-new-flask-key",
+        SECRET_KEY_FALLBACKS=["the-old-flask-key"],
+    )
+    with tickets_of(before, after) as (old, new):
         assert new.read(old.issue(ANN)[0], "s") is not None
         assert old.read(new.issue(ANN)[0], "s") is None
-    finally:
-        for app in apps:
-            shutdown(app, grace=2)
 
 
 # -- nobody writes one down --------------------------------------------------------------------
