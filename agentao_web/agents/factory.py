@@ -16,7 +16,6 @@ from agentao.cancellation import CancellationToken
 from agentao.embedding.factory import discover_llm_kwargs
 
 from agentao_web.agents import guards
-from agentao_web.agents import llm
 from agentao_web.agents import sandbox
 from agentao_web.agents import state
 from agentao_web.agents.bridge import AgentaoAgent
@@ -26,10 +25,11 @@ from agentao_web.agents.budget import Metered
 from agentao_web.agents.budget import Purse
 from agentao_web.agents.build import build_agent
 from agentao_web.agents.build import close_agent
-from agentao_web.agents.llm import ModelPool
 from agentao_web.agents.mcp import Server
 from agentao_web.agents.mcp import read_servers
 from agentao_web.agents.memory import open_memory
+from agentao_web.agents.model.pool import ModelPool
+from agentao_web.agents.model.pool import check_agentao
 from agentao_web.agents.quota import Quota
 from agentao_web.agents.shell import Executor
 from agentao_web.agents.shell import Unconfined
@@ -138,7 +138,7 @@ class AgentaoAgents:
         log: logging.Logger,
     ) -> None:
         guards.check_agentao()
-        llm.check_agentao()
+        check_agentao()
         self.workspaces = Workspaces(options.root, options.workspace)
         self.tools = HostTools(tools, context=context, timeout=options.tool_timeout, log=log)
         self._options = options

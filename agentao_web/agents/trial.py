@@ -11,8 +11,8 @@ from pathlib import Path
 
 from agentao_web.agents import sandbox as bubblewrap
 from agentao_web.agents.factory import model
-from agentao_web.agents.llm import ModelPool
 from agentao_web.agents.mcp import read_servers
+from agentao_web.agents.model.pool import ModelPool
 from agentao_web.agents.skills import read_skills
 
 __all__ = ["ask_model", "model", "sandbox", "servers", "skills"]

@@ -15,7 +15,7 @@ from agentao.cancellation import CancellationToken
 
 from agentao_web.agents.budget import IMAGE_TOKENS
 from agentao_web.agents.budget import Meter
-from agentao_web.agents.llm import ModelPool
+from agentao_web.agents.model.pool import ModelPool
 from agentao_web.core.errors import BudgetExhausted
 from agentao_web.core.errors import StoreUnavailable
 from tests.model_server import ModelServer

@@ -27,8 +27,8 @@ from agentao.mcp.registry import InMemoryMCPRegistry
 from agentao.transport import AgentEvent
 from agentao.transport import SdkTransport
 
-from agentao_web.agents.llm import ModelPool
-from agentao_web.agents.llm import check_agentao
+from agentao_web.agents.model.pool import ModelPool
+from agentao_web.agents.model.pool import check_agentao
 from tests.model_server import ModelServer
 from tests.model_server import Reply
 from tests.model_server import Request
