@@ -71,13 +71,23 @@ class Settings:
     stop_grace: float = _setting(
         5.0, "Seconds a stopped turn gets to end before it is given up.", above=0
     )
+    llm_first_token_timeout: float = _setting(
+        300.0, "Seconds a streaming call to the model may take to its first token.", above=0
+    )
     llm_read_timeout: float = _setting(
-        60.0, "Silence of a streaming model that ends the call, in seconds.", above=0
+        60.0,
+        "Seconds without data, after the first token, that end a streaming call to the model.",
+        above=0,
     )
     llm_call_timeout: float = _setting(
         300.0, "Time for a call to the model that does not stream, in seconds.", above=0
     )
     llm_attempts: int = _setting(2, "Attempts at a call to the model.", least=1)
+    context_tokens: int = _setting(
+        200_000,
+        "The model's context window, in tokens; a smaller one that the model itself states wins.",
+        least=1024,
+    )
     max_steps: int = _setting(100, "Calls to the model in one turn.", least=1)
     max_tool_calls: int = _setting(200, "Tool calls in one turn.", least=1)
     max_turn_tokens: int | None = _setting(
@@ -85,6 +95,11 @@ class Settings:
     )
     tokens_per_day: int | None = _setting(
         None, "Tokens of one tenant per day (UTC); unset means no limit.", least=1
+    )
+    turn_text: int = _setting(
+        4 * 2**20,
+        "Bytes of text, reasoning and tool arguments that the model may send in one turn.",
+        least=1024,
     )
     question_timeout: float = _setting(
         300.0, "Seconds a question stays open; no answer means no.", above=0

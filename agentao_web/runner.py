@@ -74,6 +74,9 @@ class Stage(t.Protocol):
     def called(self, call: cabc.Mapping[str, t.Any]) -> None:
         """A call to the model has ended; see agentao_web.core.observer."""
 
+    def time_left(self) -> float:
+        """Seconds the turn may still run before its timeout stops it."""
+
 
 class Agent(t.Protocol):
     """One conversation with a model. Used by one thread at a time."""
@@ -247,6 +250,10 @@ class _Stage:
 
     def stop(self, reason: str) -> None:
         self._runner.stop(self._live, self._turn, reason)
+
+    def time_left(self) -> float:
+        turn = self._turn.turn
+        return turn.deadline - turn.ran_for(self._live.clock())
 
     def called(self, call: cabc.Mapping[str, t.Any]) -> None:
         live = self._live

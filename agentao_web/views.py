@@ -77,6 +77,8 @@ _DELETE_WAIT: t.Final = 5.0
 #: A long-poll's defaults and bounds: seconds, events, bytes.
 _WAIT, _LIMIT, _MAX_LIMIT, _MAX_BYTES = 25, 500, 1000, 2**20
 _PAGE, _MAX_PAGE = 50, 200
+#: A page of the transcript has no more of it than this, in bytes of JSON.
+_PAGE_BYTES = 2**22
 
 _BY_STATUS: t.Final[dict[int, type[WebError]]] = {
     cls.status: cls
@@ -430,8 +432,18 @@ def messages(parts: Parts, key: SessionKey) -> Response:
         raise InvalidRequest("give before or after, not both", field="after")
     limit = requests.number(request.args.get("limit"), "limit", least=1, most=_MAX_PAGE) or _PAGE
     parts.pool.find(key)
-    page = parts.pool.store.transcript(key, before=before, after=after, limit=limit)
-    return _in_order({"messages": page.messages, "more": page.more})
+    page = parts.pool.store.transcript(
+        key, before=before, after=after, limit=limit, max_bytes=_PAGE_BYTES
+    )
+    return _in_order({"messages": [*map(_shortened, page.messages)], "more": page.more})
+
+
+def _shortened(entry: dict[str, t.Any]) -> dict[str, t.Any]:
+    """*entry*, with no more of its content than a page may have."""
+    content = entry.get("content")
+    if not isinstance(content, str) or len(content) <= _PAGE_BYTES:
+        return entry
+    return {**entry, "content": content[:_PAGE_BYTES], "truncated": True}
 
 
 # -- open to all -------------------------------------------------------------------------------

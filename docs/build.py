@@ -75,7 +75,9 @@ INCOMPLETE: t.Final = {
     "length_truncated": "The model's own limit of tokens cut the answer.",
     "doom_loop": "The model made the same tool call over and over.",
     "max_iterations": "`AGENTAO_MAX_STEPS` calls to the model were not enough.",
-    "stream_cut": "The provider ended the stream in the middle.",
+    "stream_cut": "The model's answer broke off; what was read of it is the reply.",
+    "context_too_long": "The turn did not fit into the model's context window, not even after old "
+    "messages were summed up; it left the history as it was.",
     "cancelled": "The agent ended itself.",
     "incomplete": "Any other reason of Agentao's.",
 }
@@ -94,6 +96,7 @@ STOPS: t.Final = {
     "event_limit": "More events than one turn may have (about a million).",
     "tool_limit": "More tool calls than `AGENTAO_MAX_TOOL_CALLS`.",
     "token_limit": "More tokens than `AGENTAO_MAX_TURN_TOKENS`.",
+    "text_limit": "The model sent more than `AGENTAO_TURN_TEXT` bytes.",
     "budget_exhausted": "The tenant's tokens of the day are spent (`AGENTAO_TOKENS_PER_DAY`).",
 }
 
@@ -232,7 +235,7 @@ def stops() -> str:
 
 
 def incomplete() -> str:
-    ours = {"stream_cut", "cancelled", "incomplete"}
+    ours = {"stream_cut", "context_too_long", "cancelled", "incomplete"}
     told = _told(sorted(bridge._INCOMPLETE | ours), INCOMPLETE, "reasons without a sentence")
     return _table(("Reason", "Because"), [(f"`{r}`", why) for r, why in told.items()])
 

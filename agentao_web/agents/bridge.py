@@ -13,6 +13,7 @@ import typing as t
 
 from agentao.cancellation import AgentCancelledError
 from agentao.cancellation import CancellationToken
+from agentao.context_manager import is_context_too_long_error
 from agentao.transport.confirmation import APPROVAL_UNAVAILABLE
 from agentao.transport.confirmation import gate_note
 from agentao.transport.confirmation import record_decline
@@ -21,6 +22,7 @@ from agentao_web.agents.approvals import SPANS
 from agentao_web.agents.approvals import Approvals
 from agentao_web.agents.approvals import rememberable
 from agentao_web.agents.budget import Meter
+from agentao_web.agents.model.refusals import Failure
 from agentao_web.agents.relative import Pieces
 from agentao_web.agents.relative import relative
 from agentao_web.core.errors import StoreUnavailable
@@ -57,6 +59,9 @@ _MORE_STEPS: t.Final = ("continue", "stop")
 #: Events a meter counts by.
 _METERED: t.Final = frozenset({"llm_call_started", "llm_call_completed", "tool_start"})
 _NO_ANSWER: t.Final = "[No answer: the model could not be reached.]"
+_NO_ROOM: t.Final = "[No answer: this turn did not fit into the model's context window."
+#: How much of a message is kept in the history if it did not fit, in characters.
+_KEPT_OF_MESSAGE: t.Final = 1_000
 
 Data = cabc.Mapping[str, t.Any]
 
@@ -100,10 +105,22 @@ class Bridge:
         # What is said, and thought, comes in pieces: type and field of their events.
         self._said = {kind: Pieces(workspace) for kind in _IN_PIECES}
         self._model = ""
+        self.ran: list[str] = []
+        """The tools that ran in this turn."""
+        self.cut_down = False
+        """In this turn the history was cut to its last messages, without a summary."""
+        self.images_removed = False
+        """In this turn the model refused pictures, and they were taken out of the history."""
+        self.failed: Data = {}
+        """The event of the last call to the model, if it failed."""
+        self.shown: list[str] = []
+        """What that call had said by then; known only of clients that are not ours."""
 
     def attach(self, stage: Stage) -> None:
         """From now on events go to *stage*."""
         self._usage, self._calls, self._asked = {}, {}, set()
+        self.ran, self.failed, self.shown = [], {}, []
+        self.cut_down = self.images_removed = False
         self._approvals.begin()
         self._numbers = itertools.count(1)
         self._stage = stage
@@ -126,6 +143,7 @@ class Bridge:
         kind = str(getattr(event.type, "value", event.type))
         if kind in _REWRITES:
             self.rewritten = True
+            self._note_rewrite(kind, event.data)
         elif kind == "tool_confirmation":
             # Just before confirm_tool, which is not told which call it is about.
             self._confirming = str(event.data.get("call_id"))
@@ -133,14 +151,33 @@ class Bridge:
             self._meter.hear(kind, event.data)
         if kind == "llm_call_started":
             self._model = self.text(event.data.get("model", ""), 128)
+            self.failed, self.shown = {}, []
         elif kind == "llm_call_completed" and stage is not None:
             told = {name: event.data.get(name) for name in _CALLED}
             stage.called({**told, "model": self._model})
+            self.failed = event.data if event.data.get("status") == "error" else {}
         shape = _SHAPES.get(kind)
         if stage is None or shape is None:
             return
-        for draft in (*self._rest(but=kind), *shape(self, event.data)):
+        data = event.data
+        if kind in _IN_PIECES and not self._meter.hears_all:
+            data = self._bounded(kind, data)
+        for draft in (*self._rest(but=kind), *shape(self, data)):
             stage.publish(draft)
+
+    def _note_rewrite(self, kind: str, data: Data) -> None:
+        if kind == "images_removed":
+            self.images_removed = self.images_removed or data.get("reason") == "provider_rejected"
+        elif data.get("kind") == "minimal_history" and data.get("status") == "success":
+            self.cut_down = True
+
+    def _bounded(self, kind: str, data: Data) -> Data:
+        """What a client that is not ours says, as far as the turn has room for it."""
+        field = _IN_PIECES[kind]
+        said = self._meter.room(str(data.get(field, "")))
+        if kind == "llm_text":
+            self.shown.append(said)
+        return {**data, field: said}
 
     def confirm_tool(self, tool_name: str, description: str, args: dict[str, t.Any]) -> bool:
         """Ask a person whether this call may run, unless that is remembered.
@@ -302,6 +339,8 @@ class Bridge:
         status = str(data.get("status"))
         if status == "cancelled" and str(data.get("error", "")).startswith(_NOT_RUN):
             status = "denied"
+        if status in ("ok", "error"):
+            self.ran.append(self.text(data.get("tool", ""), 128))
         told = {"status": status, "duration_ms": data.get("duration_ms")}
         yield Draft("tool_complete", {**self._tool(data), **told})
 
@@ -395,6 +434,7 @@ class AgentaoAgent:
     def run(self, request: TurnRequest, stage: Stage) -> Outcome:
         """One ``agent.chat()``; see agentao_web.runner.Agent."""
         token = CancellationToken()
+        before, rewritten = list(self._agent.messages), self._bridge.rewritten
         self._bridge.attach(stage)
         stage.on_stop(token.cancel)
         images = [dict(image) for image in request.images] or None
@@ -410,7 +450,15 @@ class AgentaoAgent:
             pass  # The outcome says so.
         finally:
             usage = self._bridge.detach()
-        return self._outcome(usage)
+        outcome = self._outcome(usage)
+        kept = self._whole(request, before, outcome)
+        if kept is not None:
+            self._agent.messages[:] = kept
+            self._bridge.rewritten = rewritten
+            if manager := getattr(self._agent, "context_manager", None):
+                # It knew the length of another history.
+                manager.invalidate_token_anchor()
+        return outcome
 
     def _outcome(self, usage: dict[str, int]) -> Outcome:
         """What ``agent.last_turn`` says, never the text (notes, section 2)."""
@@ -418,8 +466,7 @@ class AgentaoAgent:
         counts = {"usage": usage, "tool_count": last.tool_count}
         reason = last.incomplete_reason
         if reason == "llm_error":
-            self._hide_provider_text()
-            return Outcome(State.FAILED, "llm_unavailable", **counts)
+            return self._failed(counts)
         if last.status != "ok":
             # Cancelled from within, by nobody who asked us: the runner's reason wins if it has one.
             return Outcome(State.INCOMPLETE, "cancelled", **counts)
@@ -431,11 +478,62 @@ class AgentaoAgent:
         reply = self._bridge.text(last.text or "")
         return Outcome(State.COMPLETED, None, reply, **counts)
 
-    def _hide_provider_text(self) -> None:
-        """The provider's raw words, which may hold a key fragment, are not for the history."""
+    def _failed(self, counts: dict[str, t.Any]) -> Outcome:
+        """How a turn ends whose last call to the model came to nothing."""
+        event = self._bridge.failed
+        if event.get("streamed"):
+            # Of a client that is not ours: what was read stays.
+            self._answer("".join(self._bridge.shown))
+            return Outcome(State.INCOMPLETE, "stream_cut", **counts)
+        # The provider's raw words, which may hold a key fragment, are not for the history.
+        self._answer(_NO_ANSWER)
+        failure = getattr(getattr(self._agent, "llm", None), "failure", None)
+        if failure is None:
+            too_long = is_context_too_long_error(Exception(str(event.get("error_message", ""))))
+            failure = Failure(too_long)
+        if failure.too_long:
+            return Outcome(State.INCOMPLETE, "context_too_long", **counts)
+        wait = failure.retry_after
+        details = {} if wait is None else {"retry_after": wait}
+        return Outcome(State.FAILED, "llm_unavailable", details=details, **counts)
+
+    def _answer(self, text: str) -> None:
         messages = self._agent.messages
         if messages and messages[-1].get("role") == "assistant":
-            messages[-1] = {"role": "assistant", "content": _NO_ANSWER}
+            messages[-1] = {"role": "assistant", "content": text}
+
+    # -- the history ---------------------------------------------------------------------------
+
+    def _whole(
+        self, request: TurnRequest, before: list[t.Any], outcome: Outcome
+    ) -> list[t.Any] | None:
+        """The history as it should be, where Agentao has thrown some of it away in its distress;
+        None if it is good as it is. A summary of old messages is."""
+        if outcome.reason == "context_too_long":
+            return [*before, *self._note(request, [_NO_ROOM, *self._tools_that_ran()])]
+        if self._bridge.images_removed and request.images:
+            # The older ones were good until now: it is this turn's that the model refuses.
+            return [*before, *self._note(request, [_NO_ANSWER.rstrip("]")])]
+        if self._bridge.cut_down:
+            return [*before, *_of_turn(self._agent.messages, before, request.message)]
+        return None
+
+    def _tools_that_ran(self) -> list[str]:
+        names = list(dict.fromkeys(self._bridge.ran))
+        return [f"Tools that ran in it: {', '.join(names)}."] if names else []
+
+    @staticmethod
+    def _note(request: TurnRequest, answer: list[str]) -> list[dict[str, t.Any]]:
+        message = request.message
+        if len(message) > _KEPT_OF_MESSAGE:
+            left = len(message) - _KEPT_OF_MESSAGE
+            message = f"{message[:_KEPT_OF_MESSAGE]}\n[The other {left} characters were left out.]"
+        if request.images:
+            message += f"\n[Pictures that came with it were left out: {len(request.images)}.]"
+        return [
+            {"role": "user", "content": message},
+            {"role": "assistant", "content": " ".join(answer) + "]"},
+        ]
 
     def unsaved(self) -> tuple[list[dict[str, t.Any]], bool]:
         """See agentao_web.runner.Agent."""
@@ -457,3 +555,19 @@ class AgentaoAgent:
     def close(self) -> None:
         """See agentao_web.runner.Agent."""
         self._close(self._agent)
+
+
+def _of_turn(messages: list[t.Any], before: list[t.Any], message: str) -> list[t.Any]:
+    """What of *messages* was said in the turn that *message* began, which may be cut off too."""
+    old = {id(one) for one in before}
+    new = [one for one in messages if id(one) not in old]
+    for start, one in enumerate(new):
+        if one.get("role") == "user" and _says(one, message):
+            return new[start:]
+    return [{"role": "user", "content": message}, *new]
+
+
+def _says(one: Data, message: str) -> bool:
+    content = one.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return any(str(part.get("text", "")).endswith(message) for part in parts)

@@ -83,10 +83,14 @@ class Meter:
         tokens_per_day: int | None = None,
         max_turn_tokens: int | None = None,
         max_tool_calls: int | None = None,
+        max_text: int | None = None,
         log: logging.Logger | None = None,
     ) -> None:
         self.scales: Scales | None = None
         """Set once the agent is there, if its client is metered."""
+        self.hears_all = False
+        """The client asks for `room` itself, for tool calls too."""
+        self.max_text = max_text
         self._tenant = tenant
         self._purse = purse
         self._limit = tokens_per_day if purse is not None else None
@@ -96,6 +100,7 @@ class Meter:
         self._stage: Stage | None = None
         self._tokens = 0
         self._tool_calls = 0
+        self._text = 0
         self._calling = False
         # Tools of a batch start on threads of their own.
         self._lock = threading.Lock()
@@ -104,7 +109,7 @@ class Meter:
 
     def attach(self, stage: Stage) -> None:
         """A turn begins."""
-        self._tokens = self._tool_calls = 0
+        self._tokens = self._tool_calls = self._text = 0
         self._calling = False
         self._stage = stage
 
@@ -131,6 +136,30 @@ class Meter:
 
     def _too_many_tools(self, more: int) -> bool:
         return self._max_tool_calls is not None and self._tool_calls + more > self._max_tool_calls
+
+    # -- what the model says -------------------------------------------------------------------
+
+    def room(self, text: str) -> str:
+        """As much of *text*, said in this turn, as fits; the turn is stopped if that is not all."""
+        if self.max_text is None or self._stage is None:
+            return text
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+        left = self.max_text - self._text
+        self._text += size
+        if size <= left:
+            return text
+        self._stage.stop("text_limit")
+        return text.encode("utf-8", "replace")[: max(left, 0)].decode("utf-8", "ignore")
+
+    def flooded(self) -> None:
+        """More has come in one piece than would fit."""
+        if self._stage is not None:
+            self._stage.stop("text_limit")
+
+    def time_left(self) -> float | None:
+        """Seconds the turn may still run; None if nobody says so."""
+        asked = getattr(self._stage, "time_left", None)
+        return None if asked is None else t.cast(float, asked())
 
     # -- clients that are not ours -------------------------------------------------------------
 

@@ -97,11 +97,17 @@ class Options(t.Protocol):
     @property
     def workspace_files(self) -> int: ...
     @property
+    def llm_first_token_timeout(self) -> float: ...
+    @property
     def llm_read_timeout(self) -> float: ...
     @property
     def llm_call_timeout(self) -> float: ...
     @property
     def llm_attempts(self) -> int: ...
+    @property
+    def context_tokens(self) -> int: ...
+    @property
+    def turn_text(self) -> int: ...
     @property
     def tool_timeout(self) -> float: ...
     @property
@@ -264,6 +270,7 @@ class AgentaoAgents:
             memory_asks=self._options.workspace == "tenant",
             quota=quota,
             shell=self._shell(workspace, quota, rules),
+            max_context_tokens=self._options.context_tokens,
         )
         meter.scales = agent.context_manager
         state.restore(agent, history.state)
@@ -276,6 +283,7 @@ class AgentaoAgents:
             tokens_per_day=rules.tokens_per_day,
             max_turn_tokens=self._options.max_turn_tokens,
             max_tool_calls=self._options.max_tool_calls,
+            max_text=self._options.turn_text,
             log=self._log,
         )
 
@@ -332,9 +340,11 @@ class AgentaoAgents:
                 guards.quicken()
                 options = self._options
                 self._models = ModelPool(
+                    first_token_timeout=options.llm_first_token_timeout,
                     read_timeout=options.llm_read_timeout,
                     call_timeout=options.llm_call_timeout,
                     attempts=options.llm_attempts,
+                    window=options.context_tokens,
                 )
             return self._models
 

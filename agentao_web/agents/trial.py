@@ -30,7 +30,11 @@ _CURES: t.Final = {
 
 
 def ask_model(
-    environ: cabc.Mapping[str, str], *, read_timeout: float, call_timeout: float
+    environ: cabc.Mapping[str, str],
+    *,
+    first_token_timeout: float,
+    read_timeout: float,
+    call_timeout: float,
 ) -> tuple[str, float]:
     """Ask the model the environment names for a few tokens; its name and the seconds it took.
 
@@ -38,7 +42,12 @@ def ask_model(
     """
     named = model(environ)
     quiet = logging.Logger("agentao_web.doctor", level=logging.CRITICAL + 1)
-    pool = ModelPool(read_timeout=read_timeout, call_timeout=call_timeout, attempts=1)
+    pool = ModelPool(
+        first_token_timeout=first_token_timeout,
+        read_timeout=read_timeout,
+        call_timeout=call_timeout,
+        attempts=1,
+    )
     begin = time.monotonic()
     try:
         client = pool.client(logger=quiet, **named)

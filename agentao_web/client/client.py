@@ -183,8 +183,7 @@ class Client:
         """The transcript, oldest first: behind the entry *after*, or the *last* ones (≤ 200)."""
         path = f"/session/{_named(session)}/messages"
         if last is not None:
-            params = {"limit": last}
-            yield from self._api.call("GET", path, needs="messages", params=params)["messages"]
+            yield from self._last(path, last)
             return
         while True:
             params = {"after": after, "limit": 200}
@@ -193,6 +192,19 @@ class Client:
             if not (found["more"] and found["messages"]):
                 return
             after = found["messages"][-1]["id"]
+
+    def _last(self, path: str, count: int) -> list[Json]:
+        """The *count* last entries: a page is short if they are long."""
+        entries: list[Json] = []
+        params: dict[str, int] = {}
+        while len(entries) < count:
+            params["limit"] = count - len(entries)
+            page = self._api.call("GET", path, needs="messages", params=params)
+            entries = [*page["messages"], *entries]
+            if not (page.get("more") and page["messages"]):
+                break
+            params["before"] = entries[0]["id"]
+        return entries
 
     def rename(self, session: str, title: str) -> str:
         """Give the session a title; how it reads now."""

@@ -76,6 +76,7 @@ STOP_REASONS: t.Final[dict[str, State]] = {
     "event_limit": _S.INCOMPLETE,
     "tool_limit": _S.INCOMPLETE,
     "token_limit": _S.INCOMPLETE,
+    "text_limit": _S.INCOMPLETE,
     "budget_exhausted": _S.INCOMPLETE,
     "worker_lost": _S.FAILED,
     "store_unavailable": _S.FAILED,

@@ -128,13 +128,14 @@ def _odd(case: Case) -> Findings:
             "its question does",
             f"set AGENTAO_MAX_WAITING_TIME to {s.question_timeout:g} or more",
         )
-    if s.llm_read_timeout > s.turn_timeout:
-        yield hint(
-            "settings",
-            "AGENTAO_LLM_READ_TIMEOUT is longer than AGENTAO_TURN_TIMEOUT: a silent model ends "
-            "the turn, and is not tried again",
-            f"set AGENTAO_LLM_READ_TIMEOUT below {s.turn_timeout:g}",
-        )
+    for name in ("llm_first_token_timeout", "llm_read_timeout"):
+        if getattr(s, name) > s.turn_timeout:
+            yield hint(
+                "settings",
+                f"AGENTAO_{name.upper()} is longer than AGENTAO_TURN_TIMEOUT: the turn times out "
+                "before a silent model is given up",
+                f"set AGENTAO_{name.upper()} below {s.turn_timeout:g}",
+            )
     if s.max_images and s.max_image * 4 // 3 > s.max_body:
         yield wrong(
             "settings",
@@ -316,6 +317,7 @@ def _model(case: Case) -> Findings:
     else:
         name, seconds = trial.ask_model(
             case.environ,
+            first_token_timeout=case.settings.llm_first_token_timeout,
             read_timeout=case.settings.llm_read_timeout,
             call_timeout=case.settings.llm_call_timeout,
         )

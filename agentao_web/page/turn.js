@@ -27,6 +27,8 @@ const REASONS = {
   budget_exhausted: "The tokens of the day are spent.",
   token_limit: "The turn used as many tokens as one may.",
   tool_limit: "The turn used as many tools as one may.",
+  text_limit: "The answer was stopped: it grew too long.",
+  context_too_long: "This was too much for the model to read at once. Try a shorter message, or start a new chat.",
 };
 const LIVE = new Set(["sending", "queued", "running", "waiting", "stopping"]);
 

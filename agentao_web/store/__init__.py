@@ -316,9 +316,18 @@ class Store(t.Protocol):
         """A part of the log, as EventLog.after gives it; NotFound for an unknown session."""
 
     def transcript(
-        self, key: SessionKey, *, before: int | None, after: int | None, limit: int
+        self,
+        key: SessionKey,
+        *,
+        before: int | None,
+        after: int | None,
+        limit: int,
+        max_bytes: int | None = None,
     ) -> MessagePage:
-        """The newest entries before *before*, or the oldest after *after*; NotFound as above."""
+        """The newest entries before *before*, or the oldest after *after*; NotFound as above.
+
+        With *max_bytes* of JSON the page ends earlier, but never before its first entry.
+        """
 
     def history(self, key: SessionKey) -> History:
         """What the model is to get; empty for an unknown session."""

@@ -146,6 +146,20 @@ def page_of(count: int, before: int | None, after: int | None, limit: int) -> tu
     return start, stop, start > 0
 
 
+def fitting(
+    sizes: cabc.Iterable[tuple[int, int]], max_bytes: int, *, newest: bool
+) -> tuple[int, int]:
+    """Of entries (number, size) in their order, those that fit: the place before the first of
+    them, and the last one. There is always one, if there are any."""
+    numbers: list[int] = []
+    for n, size in sorted(sizes, reverse=newest):
+        max_bytes -= size
+        if numbers and max_bytes < 0:
+            break
+        numbers.append(n)
+    return (min(numbers) - 1, max(numbers)) if numbers else (0, 0)
+
+
 @dataclasses.dataclass
 class _Record:
     row: SessionRow
@@ -397,11 +411,22 @@ class MemoryStore:
             return self._known(key).log.after(after, limit=limit, max_bytes=max_bytes)
 
     def transcript(
-        self, key: SessionKey, *, before: int | None, after: int | None, limit: int
+        self,
+        key: SessionKey,
+        *,
+        before: int | None,
+        after: int | None,
+        limit: int,
+        max_bytes: int | None = None,
     ) -> MessagePage:
         with self._lock:
             entries = self._known(key).transcript
             start, stop, more = page_of(len(entries), before, after, limit)
+            if max_bytes is not None and start < stop:
+                sizes = [(i + 1, len(json.dumps(entries[i]))) for i in range(start, stop)]
+                asked = start, stop
+                start, stop = fitting(sizes, max_bytes, newest=after is None)
+                more = more or (start, stop) != asked
             page = [{"id": i + 1, **entries[i]} for i in range(start, stop)]
         return MessagePage(page, more)
 

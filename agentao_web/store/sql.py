@@ -54,6 +54,7 @@ from agentao_web.store.memory import KnownKey
 from agentao_web.store.memory import added
 from agentao_web.store.memory import check_use
 from agentao_web.store.memory import first_day
+from agentao_web.store.memory import fitting
 from agentao_web.store.memory import page_of
 from agentao_web.store.memory import share
 from agentao_web.store.memory import taken_over
@@ -382,13 +383,27 @@ class SqlStore:
         return Slice(found, t.cast(int, found[-1].seq) if found else cursor)
 
     def transcript(
-        self, key: SessionKey, *, before: int | None, after: int | None, limit: int
+        self,
+        key: SessionKey,
+        *,
+        before: int | None,
+        after: int | None,
+        limit: int,
+        max_bytes: int | None = None,
     ) -> MessagePage:
+        n, mine = transcript.c.n, transcript.c.session
         with self._db.read() as db:
             session = steps.known(db, key)
             start, stop, more = page_of(session.entries, before, after, limit)
-            n = transcript.c.n
-            page = sa.and_(transcript.c.session == session.id, n > start, n <= stop)
+            page = sa.and_(mine == session.id, n > start, n <= stop)
+            if max_bytes is not None and start < stop:
+                # Their sizes first: two hundred of them may be more than a worker has memory for.
+                size = sa.func.length(transcript.c.body, type_=sa.Integer)
+                sizes = [(row[0], row[1]) for row in db.execute(sa.select(n, size).where(page))]
+                asked = start, stop
+                start, stop = fitting(sizes, max_bytes, newest=after is None)
+                more = more or (start, stop) != asked
+                page = sa.and_(mine == session.id, n > start, n <= stop)
             rows = db.execute(sa.select(transcript).where(page).order_by(n)).all()
         return MessagePage([{"id": row.n, **row.body} for row in rows], more)
 

@@ -9,7 +9,9 @@ What a stop can and cannot do:
    expects of a cancelled call, so the text so far is kept.
 2. A name look-up cannot be cut off; it is the resolver's to end.
 3. A call made outside a turn (no token on the thread) is bounded by the timeouts only.
-4. Sub-agents that Agentao builds by itself use a plain client of their own, not this pool.
+4. How long a call may be silent belongs to the call (`Patience`), not to its connection, which
+   soon serves another one.
+5. Sub-agents that Agentao builds by itself use a plain client of their own, not this pool.
 """
 
 from __future__ import annotations
@@ -40,10 +42,70 @@ _READ_ON_SECONDS = 0.05
 _CONNECT_SLICE_SECONDS = 0.02
 
 
+class Patience:
+    """How long a call to the model may be silent, and how much it may send without saying a thing.
+
+    *first* is the time to the first token, and the longest time between two: whatever else comes
+    in between (headers, comments that keep the connection alive, pings) does not extend it. After
+    the first token *between* bounds the time without any data at all; None means that *first* is
+    the only bound. *flood* is the number of bytes between two tokens after which *flooded* is
+    called: one event of that size would only fill the memory.
+    """
+
+    def __init__(
+        self,
+        first: float,
+        between: float | None = None,
+        *,
+        flood: int | None = None,
+        flooded: cabc.Callable[[], None] = lambda: None,
+    ) -> None:
+        self.exhausted = False
+        """The model was waited for in vain, before its first token."""
+        self._first = first
+        self._between = between
+        self._flood = flood
+        self._flooded = flooded
+        self.begin()
+
+    def begin(self) -> None:
+        """A request goes out."""
+        self.exhausted = False
+        self._since = time.monotonic()
+        self._heard = self._new = False
+        self._bytes = 0
+
+    def heard(self) -> None:
+        """A token has come."""
+        self._heard = self._new = True
+        self._bytes = 0
+
+    def left(self) -> float:
+        """How long the next read may take, in seconds; never 0, which would mean not to wait."""
+        now = time.monotonic()
+        if self._new:
+            self._since, self._new = now, False
+        left = max(self._since + self._first - now, 0.001)
+        return min(left, self._between) if self._heard and self._between is not None else left
+
+    def lost(self) -> None:
+        """A read took too long."""
+        self.exhausted = not self._heard
+
+    def bears(self, size: int) -> bool:
+        """Count *size* more bytes; False if that is too much for one event."""
+        self._bytes += size
+        if self._flood is None or self._bytes <= self._flood:
+            return True
+        self._flooded()
+        return False
+
+
 class _Call:
     """One request and the socket it is on, so that another thread can cut it off."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: Patience | None = None) -> None:
+        self.patience = patience
         self._lock = threading.Lock()
         self._socket: _Socket | None = None
         self._over = False
@@ -102,6 +164,7 @@ class _Here(threading.local):
 
     call: _Call | None = None
     body: _Body | None = None
+    patience: Patience | None = None
 
 
 class _Socket(httpcore2.NetworkStream):
@@ -183,13 +246,18 @@ class _Socket(httpcore2.NetworkStream):
         return self
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        patience = self._call.patience if self._call is not None else None
         if self.deadline is not None:
             # Never 0, which would mean "do not block" and raise another error.
             timeout = max(self.deadline - time.monotonic(), 0.001)
+        elif patience is not None:
+            timeout = patience.left()
         try:
             self._sock.settimeout(timeout)
             data = self._sock.recv(max_bytes)
         except TimeoutError as exc:
+            if patience is not None and self.deadline is None:
+                patience.lost()
             raise httpcore2.ReadTimeout(str(exc)) from exc
         except OSError as exc:
             raise httpcore2.ReadError(str(exc)) from exc
@@ -299,7 +367,10 @@ class Transport(httpx2.BaseTransport):
         }
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        call = _Call()
+        patience = self._here.patience
+        if patience is not None:
+            patience.begin()
+        call = _Call(patience)
         self._calls.add(call)
         call.watch()
         try:
@@ -351,6 +422,15 @@ class Transport(httpx2.BaseTransport):
         call.finish()
         self._calls.discard(call)
 
+    @contextlib.contextmanager
+    def waiting(self, patience: Patience) -> cabc.Iterator[None]:
+        """Requests of this thread are waited for with *patience*."""
+        before, self._here.patience = self._here.patience, patience
+        try:
+            yield
+        finally:
+            self._here.patience = before
+
     def let_go(self) -> None:
         body, self._here.body = self._here.body, None
         if body is not None:
@@ -384,11 +464,17 @@ class _Body(httpx2.SyncByteStream):
         if self._call.stopped:
             return None
         try:
-            return next(self._chunks, None)
+            chunk = next(self._chunks, None)
         except _CORE_ERRORS as exc:
             if self._call.stopped:
                 return None
             raise _twin(exc) from exc
+        patience = self._call.patience
+        if chunk is None or patience is None or patience.bears(len(chunk)):
+            return chunk
+        if self._call.stopped:
+            return None
+        raise httpx2.ReadError("more data without a token than a turn may have")
 
     def close(self) -> None:
         if not self._call.start_closing():
