@@ -329,7 +329,7 @@ def _transcript(store: Store, key: SessionKey) -> list[dict[str, t.Any]]:
     entries: list[dict[str, t.Any]] = []
     more = True
     while more:
-        page = store.transcript(key, before=None, after=len(entries), limit=500, max_bytes=2**22)
+        page = store.transcript(key, before=None, after=len(entries), limit=500)
         entries += page.messages
         more = page.more
     return entries

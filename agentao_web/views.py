@@ -77,8 +77,8 @@ _DELETE_WAIT: t.Final = 5.0
 #: A long-poll's defaults and bounds: seconds, events, bytes.
 _WAIT, _LIMIT, _MAX_LIMIT, _MAX_BYTES = 25, 500, 1000, 2**20
 _PAGE, _MAX_PAGE = 50, 200
-#: A page of the transcript has no more of it than this, in bytes of JSON.
-_PAGE_BYTES = 2**22
+#: A page of the transcript ends after so many characters of JSON, but never before its first entry.
+_PAGE_BYTES = 2**20
 
 _BY_STATUS: t.Final[dict[int, type[WebError]]] = {
     cls.status: cls
@@ -435,15 +435,18 @@ def messages(parts: Parts, key: SessionKey) -> Response:
     page = parts.pool.store.transcript(
         key, before=before, after=after, limit=limit, max_bytes=_PAGE_BYTES
     )
-    return _in_order({"messages": [*map(_shortened, page.messages)], "more": page.more})
+    most = parts.settings.turn_text
+    return _in_order(
+        {"messages": [_shortened(e, most) for e in page.messages], "more": page.more}
+    )
 
 
-def _shortened(entry: dict[str, t.Any]) -> dict[str, t.Any]:
-    """*entry*, with no more of its content than a page may have."""
+def _shortened(entry: dict[str, t.Any], most: int) -> dict[str, t.Any]:
+    """*entry*, with no more text than a turn may have: it may be older than that bound."""
     content = entry.get("content")
-    if not isinstance(content, str) or len(content) <= _PAGE_BYTES:
+    if entry["role"] != "assistant" or len(content) <= most:
         return entry
-    return {**entry, "content": content[:_PAGE_BYTES], "truncated": True}
+    return {**entry, "content": content[:most], "truncated": True}
 
 
 # -- open to all -------------------------------------------------------------------------------

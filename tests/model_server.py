@@ -26,6 +26,7 @@ import re
 import select
 import socket
 import ssl
+import struct
 import threading
 import time
 import typing as t
@@ -61,6 +62,8 @@ class Reply:
     body: str = ""
     headers: tuple[tuple[str, str], ...] = ()
     pace: Pace | None = None
+    #: Does all of it instead: what is sent, and how it ends.
+    act: cabc.Callable[[Line], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +139,11 @@ def fail(status: int, body: str = "", *, retry_after: float | None = None) -> Re
 
 def length(*chunks: str) -> Reply:
     return Reply(_texts(chunks), finish="length")
+
+
+def act(what: cabc.Callable[[Line], None]) -> Reply:
+    """Whatever *what* does with the line; it may return once its answer is complete."""
+    return Reply(act=what)
 
 
 def tokens(
@@ -455,6 +463,10 @@ class _Connection:
             raise _Gone from None
 
     def _answer(self, reply: Reply, body: dict[str, t.Any], request: Request) -> None:
+        if reply.act is not None:
+            reply.act(Line(self, body))
+            self._finish(request)
+            return
         if reply.vanishes:
             self._drop(request)
         if reply.wait is None:
@@ -552,6 +564,56 @@ class _Connection:
         for number, what in poll.poll(wait):
             if number == self._sock.fileno() and what & _CLOSED:
                 raise _Gone
+
+
+class Line:
+    """The way to one client, for replies that do as they like."""
+
+    def __init__(self, connection: _Connection, body: dict[str, t.Any]) -> None:
+        self._connection = connection
+        self._chunk = _Chunks(body)
+
+    def send(self, data: bytes) -> None:
+        self._connection._send(data)
+
+    def head(self) -> None:
+        """The head of a stream."""
+        self.send(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+
+    def chunk(self, data: bytes) -> None:
+        """*data* as it is, as a piece of the body."""
+        self.send(_http_chunk(data))
+
+    def delta(self, **delta: t.Any) -> None:
+        self.send(self._chunk.delta(delta))
+
+    def finish(self, reason: str) -> None:
+        """Why the model stops; the stream goes on."""
+        end = [{"index": 0, "delta": {}, "finish_reason": reason}]
+        self.send(self._chunk._event(end))
+
+    def end(self) -> None:
+        """The end of the body."""
+        self.send(b"0\r\n\r\n")
+
+    def pause(self, seconds: float | None = None) -> None:
+        """Wait, for ever without *seconds*; ends when the client goes away, or all are released."""
+        self._connection._pause(seconds, released=True)
+
+    def hang_up(self) -> t.NoReturn:
+        _shutdown(self._connection._sock)
+        raise _Gone
+
+    def reset(self) -> t.NoReturn:
+        """The connection is reset, and what is on its way is lost with it."""
+        sock = self._connection._sock
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._connection._input.close()
+        sock.close()
+        raise _Gone
 
 
 class _Chunks:
