@@ -436,14 +436,12 @@ def messages(parts: Parts, key: SessionKey) -> Response:
         key, before=before, after=after, limit=limit, max_bytes=_PAGE_BYTES
     )
     most = parts.settings.turn_text
-    return _in_order(
-        {"messages": [_shortened(e, most) for e in page.messages], "more": page.more}
-    )
+    return _in_order({"messages": [_shortened(e, most) for e in page.messages], "more": page.more})
 
 
 def _shortened(entry: dict[str, t.Any], most: int) -> dict[str, t.Any]:
     """*entry*, with no more text than a turn may have: it may be older than that bound."""
-    content = entry.get("content")
+    content = entry.get("content", "")
     if entry["role"] != "assistant" or len(content) <= most:
         return entry
     return {**entry, "content": content[:most], "truncated": True}

@@ -284,7 +284,7 @@ class _PooledClient(Metered, LLMClient):
             self.failure = refusals.failure(exc)
             if isinstance(exc, refusals.TooLong) or not refusals.too_long(exc):
                 raise
-            told = refusals.window(str(exc))
+            told = refusals.window(refusals.said(exc))
             self._pool.learn(self.place, told)
             raise refusals.TooLong(told, getattr(exc, "status_code", None)) from exc
 
@@ -317,7 +317,7 @@ class _Wire:
         self._pool = pool
         self._logger = logger
         self._patience = Patience(0.0)
-        self._failed = 0
+        self.failed = 0
         self._repaired = False
 
     def __getattr__(self, name: str) -> t.Any:
@@ -326,7 +326,7 @@ class _Wire:
     def begin(self, patience: Patience) -> None:
         """A call begins, with all its attempts."""
         self._patience = patience
-        self._failed = 0
+        self.failed = 0
         self._repaired = False
 
     def create_client(self) -> t.Any:
@@ -354,22 +354,24 @@ class _Wire:
 
     def repair_request(self, err_text: str, kwargs: dict[str, t.Any], *, stream: bool) -> bool:
         """Also: a prompt that fits, with more room for the answer than the window has left."""
-        if self._adapter.repair_request(err_text, kwargs, stream=stream):
+        if self._shorten_answer(err_text, kwargs):
             return True
+        return bool(self._adapter.repair_request(err_text, kwargs, stream=stream))
+
+    def _shorten_answer(self, err_text: str, kwargs: dict[str, t.Any]) -> bool:
         window = refusals.window(err_text)
         if self._repaired or window is None:
             return False
         self._pool.learn(self._owner.place, window)
+        prompt = refusals.prompt(err_text)
+        if prompt is None:
+            prompt = _weight(kwargs.get("messages"), kwargs.get("tools"))
+        left = window - prompt - _FRAME
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             asked = kwargs.get(name)
-            if isinstance(asked, int):
-                prompt = refusals.prompt(err_text)
-                if prompt is None:
-                    prompt = _weight(kwargs.get("messages"), kwargs.get("tools"))
-                left = window - prompt - _FRAME
-                if _LEAST_ANSWER <= left < asked:
-                    kwargs[name] = left
-                    self._repaired = True
+            if isinstance(asked, int) and _LEAST_ANSWER <= left < asked:
+                kwargs[name] = left
+                self._repaired = True
         return self._repaired
 
     def send(self, kwargs: dict[str, t.Any], acc: t.Any) -> t.Any:
@@ -394,7 +396,7 @@ class _Wire:
             if exc is listening.failed or not (acc.progress_made or acc.finish_reason_reported):
                 raise
             if not acc.finish_reason_reported:
-                self._warn(exc, None)
+                self._logger.warning("a model's answer was cut off: %s", type(exc).__name__)
             response = acc.build()
         if not response.finish_reason_reported:
             stopped = token is not None and token.is_cancelled
@@ -415,15 +417,21 @@ class _Wire:
 
     def classify_retry(self, exc: BaseException) -> tuple[bool, int | None, str | None]:
         retryable, status, _ = self._adapter.classify_retry(exc)
-        self._failed += 1
+        self.failed += 1
         turn = current_turn()
         if turn is not None and turn[1].is_cancelled:
             return False, status, None
-        self._warn(exc, status)
+        self._logger.warning(
+            "model call failed: %s, status %s, attempt %d of %d",
+            type(exc).__name__,
+            status or getattr(exc, "status_code", None),
+            self.failed,
+            self._pool.attempts,
+        )
         wait = refusals.retry_after(exc)
         again = (
             (retryable or isinstance(exc, _EndedEarly))
-            and self._failed < self._pool.attempts
+            and self.failed < self._pool.attempts
             and not self._pool.closed
             # It may be at work on the first request still.
             and not self._patience.exhausted
@@ -437,15 +445,6 @@ class _Wire:
         left = meter.time_left() if meter is not None else None
         most = _LONGEST_WAIT if left is None else min(_LONGEST_WAIT, left)
         return (_FIRST_WAIT if wait is None else wait) <= most
-
-    def _warn(self, exc: BaseException, status: int | None) -> None:
-        self._logger.warning(
-            "model call failed: %s, status %s, attempt %d of %d",
-            type(exc).__name__,
-            status or getattr(exc, "status_code", None),
-            max(self._failed, 1),
-            self._pool.attempts,
-        )
 
 
 class _Listening:
@@ -461,6 +460,8 @@ class _Listening:
         self._meter = meter
         self.say = None if on_text is None else self._say
         acc.on_reasoning_chunk = self._think
+        # Who puts the calls together asks for room, or grows them in here.
+        acc.room = self._room
         acc.tool_calls_data = _Calls(self._room)
 
     def _room(self, text: str) -> str:

@@ -19,6 +19,8 @@ from agentao.context_manager import is_context_too_long_error
 
 #: A longer wait than this is no answer to "when", and is not believed.
 _LONGEST: t.Final = 30 * 86_400
+#: How much of an answer is looked at, in characters.
+_LONGEST_TEXT: t.Final = 8_192
 #: What no window is smaller or larger than.
 _WINDOWS: t.Final = range(1_024, 100_000_001)
 #: Statuses of a request that is at fault itself; 200 (None) is an error inside of a stream.
@@ -116,15 +118,22 @@ def failure(exc: BaseException) -> Failure:
 
 def too_long(exc: BaseException) -> bool:
     """Whether the provider refused a request because it does not fit into the model's window."""
-    if not isinstance(exc, Exception):
-        return False
-    text = str(exc)
-    if is_context_too_long_error(exc):
+    text = said(exc)
+    if is_context_too_long_error(Exception(text)):
         return True
     per_minute = _TOO_LONG[-1]
     if per_minute.search(text):
         return True
     return _status(exc) in _AT_FAULT and any(p.search(text) for p in _TOO_LONG)
+
+
+def said(exc: BaseException) -> str:
+    """The words of *exc*, and of the answer it is about: the SDKs know only some forms of it."""
+    try:
+        body = getattr(getattr(exc, "response", None), "text", "")
+    except Exception:  # It was never read; each SDK says so in its own way.
+        body = ""
+    return f"{exc} {body[:_LONGEST_TEXT]}" if isinstance(body, str) else str(exc)
 
 
 def window(text: str) -> int | None:
