@@ -76,6 +76,7 @@ INCOMPLETE: t.Final = {
     "doom_loop": "The model made the same tool call over and over.",
     "max_iterations": "`AGENTAO_MAX_STEPS` calls to the model were not enough.",
     "stream_cut": "The provider ended the stream in the middle.",
+    "content_filtered": "The provider's content filter stopped the answer, or refused the message.",
     "cancelled": "The agent ended itself.",
     "incomplete": "Any other reason of Agentao's.",
 }
@@ -232,7 +233,7 @@ def stops() -> str:
 
 
 def incomplete() -> str:
-    ours = {"stream_cut", "cancelled", "incomplete"}
+    ours = {"stream_cut", "content_filtered", "cancelled", "incomplete"}
     told = _told(sorted(bridge._INCOMPLETE | ours), INCOMPLETE, "reasons without a sentence")
     return _table(("Reason", "Because"), [(f"`{r}`", why) for r, why in told.items()])
 

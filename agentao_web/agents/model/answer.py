@@ -65,6 +65,9 @@ _THOUGHTS: t.Final = frozenset({"thinking", "reasoning", "reasoning.text", "reas
 _TEXTS: t.Final = ("text", "thinking", "reasoning", "summary", "refusal", "content")
 _DEEPEST: t.Final = 8
 
+#: `json.loads` without its care for white space, once per token.
+_decode: t.Final = json.JSONDecoder().raw_decode
+
 
 class Refused(Exception):
     """The provider sent an error where the answer should be."""
@@ -108,9 +111,11 @@ class Answer:
         """Take an event of the stream; True if it is the last one."""
         if data.startswith("{"):
             try:
-                chunk = json.loads(data)
+                chunk, end = _decode(data)
             except (ValueError, RecursionError):
-                # Some servers end their events with one newline: then these are several.
+                chunk, end = None, 0
+            if chunk is None or (end < len(data) and not data[end:].isspace()):
+                # Some servers end their events with a single newline: then these are several.
                 return any([self._take_line(kind, line) for line in data.split("\n")])
             self.take(chunk, kind)
             return False

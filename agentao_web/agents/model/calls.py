@@ -137,9 +137,7 @@ class ToolCalls:
         last = next((call for call in latest if not index or call.index == index), None)
         if last is None or (id and last.id):
             return None
-        if _names(piece) and last.function.name and last.complete:
-            return None
-        return last
+        return None if last.complete and _begins_another(piece, last) else last
 
     def finish(self, *, cut_off: bool) -> list[ToolCall]:
         """The calls to run. Of an answer that was *cut off*, only those that are complete: a part
@@ -167,9 +165,12 @@ def _keep(fields: dict[str, t.Any], own: frozenset[str], kept: dict[str, t.Any])
     kept.update({n: v for n, v in fields.items() if n not in own and v is not None})
 
 
-def _names(piece: dict[str, t.Any]) -> bool:
+def _begins_another(piece: dict[str, t.Any], last: ToolCall) -> bool:
+    """Whether *piece*, which follows a complete call, is the first of another one."""
     function = piece.get("function")
-    return isinstance(function, dict) and bool(function.get("name"))
+    if not isinstance(function, dict) or not function.get("name") or not last.function.name:
+        return False
+    return bool(function["name"] != last.function.name or function.get("arguments"))
 
 
 def _text(value: t.Any) -> str:

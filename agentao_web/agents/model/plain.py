@@ -219,7 +219,7 @@ def _read_all(response: httpx2.Response, answer: Answer, stopped: cabc.Callable[
         if begins := head.lstrip(_BLANK)[:1]:
             break
     else:
-        return
+        raise Garbled("the answer is empty")
     packets = itertools.chain((head,), packets)
     if begins in b"{[":
         _read_json(packets, response, answer)
@@ -252,7 +252,7 @@ def _read_json(packets: cabc.Iterable[bytes], response: httpx2.Response, answer:
     try:
         told = json.loads(text.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError) as exc:
-        raise Garbled("the answer is not valid JSON") from exc
+        raise NotAnAnswer(_kind(response, "unreadable JSON"), response.request) from exc
     if isinstance(told, list) and told:
         # Gemini wraps its errors in a list.
         told = told[0]
