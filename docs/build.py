@@ -78,6 +78,7 @@ INCOMPLETE: t.Final = {
     "stream_cut": "The model's answer broke off; what was read of it is the reply.",
     "context_too_long": "The turn did not fit into the model's context window, not even after old "
     "messages were summed up; it left the history as it was.",
+    "content_filtered": "The provider's content filter stopped the answer, or refused the message.",
     "cancelled": "The agent ended itself.",
     "incomplete": "Any other reason of Agentao's.",
 }
@@ -235,7 +236,7 @@ def stops() -> str:
 
 
 def incomplete() -> str:
-    ours = {"stream_cut", "context_too_long", "cancelled", "incomplete"}
+    ours = {"stream_cut", "content_filtered", "context_too_long", "cancelled", "incomplete"}
     told = _told(sorted(bridge._INCOMPLETE | ours), INCOMPLETE, "reasons without a sentence")
     return _table(("Reason", "Because"), [(f"`{r}`", why) for r, why in told.items()])
 

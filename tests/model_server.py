@@ -64,6 +64,9 @@ class Reply:
     pace: Pace | None = None
     #: Does all of it instead: what is sent, and how it ends.
     act: cabc.Callable[[Line], None] | None = None
+    #: These very bytes, each piece an HTTP chunk of its own, whether a stream was asked for or not.
+    raw: tuple[bytes, ...] | None = None
+    content_type: str = "text/event-stream"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +153,10 @@ def tokens(
     count: int, per_second: float | None = None, text: str = "tok ", *, stamp: bool = False
 ) -> Reply:
     return Reply(pace=Pace(count, per_second, text, stamp))
+
+
+def raw(*pieces: bytes, content_type: str = "text/event-stream") -> Reply:
+    return Reply(raw=pieces, content_type=content_type)
 
 
 def slow_headers(seconds: float, *chunks: str) -> Reply:
@@ -475,6 +482,8 @@ class _Connection:
             self._pause(reply.wait)
         if reply.status != 200:
             self._send_json(reply.status, reply.body, reply.headers, request)
+        elif reply.raw is not None:
+            self._send_raw(reply.raw, reply.content_type, request)
         elif body.get("stream"):
             self._stream(reply, body, request)
         else:
@@ -496,6 +505,12 @@ class _Connection:
             lines.append(f"Set-Cookie: {self._server.cookie}")
         lines += [f"Content-Length: {len(data)}", "", ""]
         self._send("\r\n".join(lines).encode() + data)
+        self._finish(request)
+
+    def _send_raw(self, pieces: tuple[bytes, ...], content_type: str, request: Request) -> None:
+        kind = f"Content-Type: {content_type}\r\n" if content_type else ""
+        self._send(f"HTTP/1.1 200 OK\r\n{kind}Transfer-Encoding: chunked\r\n\r\n".encode())
+        self._send(b"".join(map(_http_chunk, filter(None, pieces))) + b"0\r\n\r\n")
         self._finish(request)
 
     # Answers in many.

@@ -92,6 +92,8 @@ class Bridge:
     ) -> None:
         self.rewritten = False
         """The history was rewritten since this was last set to False."""
+        self.filtered = False
+        """A content filter ended the last answer of the model."""
         self._workspace = workspace
         self._thinking = thinking
         self._meter = meter or Meter()
@@ -121,6 +123,7 @@ class Bridge:
         self._usage, self._calls, self._asked = {}, {}, set()
         self.ran, self.failed, self.shown = [], {}, []
         self.cut_down = self.images_removed = False
+        self.filtered = False
         self._approvals.begin()
         self._numbers = itertools.count(1)
         self._stage = stage
@@ -149,6 +152,8 @@ class Bridge:
             self._confirming = str(event.data.get("call_id"))
         elif kind in _METERED:
             self._meter.hear(kind, event.data)
+        if kind == "llm_call_completed":
+            self.filtered = event.data.get("finish_reason") == "content_filter"
         if kind == "llm_call_started":
             self._model = self.text(event.data.get("model", ""), 128)
             self.failed, self.shown = {}, []
@@ -470,6 +475,8 @@ class AgentaoAgent:
         if last.status != "ok":
             # Cancelled from within, by nobody who asked us: the runner's reason wins if it has one.
             return Outcome(State.INCOMPLETE, "cancelled", **counts)
+        if self._bridge.filtered:
+            return Outcome(State.INCOMPLETE, "content_filtered", **counts)
         if reason is not None:
             known = reason if reason in _INCOMPLETE else "incomplete"
             return Outcome(State.INCOMPLETE, known, **counts)

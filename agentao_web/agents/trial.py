@@ -12,6 +12,7 @@ from pathlib import Path
 from agentao_web.agents import sandbox as bubblewrap
 from agentao_web.agents.factory import model
 from agentao_web.agents.mcp import read_servers
+from agentao_web.agents.model.plain import NotAnAnswer
 from agentao_web.agents.model.pool import ModelPool
 from agentao_web.agents.skills import read_skills
 
@@ -66,6 +67,8 @@ def _nothing(chunk: str) -> None:
 
 def _why(exc: BaseException | None) -> str:
     while exc is not None:
+        if isinstance(exc, NotAnAnswer):
+            return f"{exc}: look at its …_BASE_URL (did you forget /v1?)"
         status = getattr(exc, "status_code", None)
         if isinstance(status, int):
             return f"status {status}; {_CURES.get(status, 'look at the provider')}"

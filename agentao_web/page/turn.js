@@ -23,6 +23,7 @@ const REASONS = {
   no_output: "The model said nothing.",
   reasoning_only: "The model thought, and said nothing.",
   stream_cut: "The model's answer broke off.",
+  content_filtered: "The provider's content filter stopped this answer.",
   doom_loop: "The model repeated itself and was stopped.",
   budget_exhausted: "The tokens of the day are spent.",
   token_limit: "The turn used as many tokens as one may.",

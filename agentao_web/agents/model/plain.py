@@ -1,71 +1,291 @@
-"""Chat Completions without the OpenAI SDK's models: what a stream says, as plain JSON.
+"""Chat Completions without the OpenAI SDK's decoder and models: requests go out through the SDK,
+with its headers, its errors and our connections; what comes back we read ourselves.
 
-Knows the wire format; must never know sockets, sessions or turns.
+Knows HTTP answers; must never know sockets, sessions or turns.
 """
 
 from __future__ import annotations
 
 import collections.abc as cabc
-import types
+import itertools
+import json
+import logging
+import re
 import typing as t
+import urllib.parse
 
+import httpx2
 import openai
+from agentao.cancellation import current_turn
+
+from agentao_web.agents.model.answer import CONTENT_FILTER
+from agentao_web.agents.model.answer import FILTERED
+from agentao_web.agents.model.answer import Answer
+from agentao_web.agents.model.answer import Garbled
+from agentao_web.agents.model.answer import Refused
+from agentao_web.agents.model.answer import restored
+from agentao_web.agents.model.repairs import REPAIRS
+from agentao_web.agents.model.repairs import Repair
+from agentao_web.agents.model.sse import MAX_EVENT
+from agentao_web.agents.model.sse import EventReader
+from agentao_web.agents.model.sse import EventTooLong
+
+#: White space that servers send to keep a connection open, and the mark some files begin with.
+_BLANK: t.Final = b" \t\r\n\xef\xbb\xbf"
+_SAFE: t.Final = re.compile(r"[\w.+/-]{1,80}", re.ASCII)
+_REFUSALS: t.Final = frozenset({400, 422})
+
+
+class NotAnAnswer(openai.APIError):
+    """What came is no chat completion; `kind` says what it is, without its text."""
+
+    def __init__(self, kind: str, request: httpx2.Request) -> None:
+        super().__init__(f"the model's server sent {kind}", request, body=None)
+        self.kind = kind
+
+
+def in_words(exc: BaseException) -> str:
+    """What went wrong with a call, for a log: no text of the provider's."""
+    name = type(exc).__name__
+    if isinstance(exc, NotAnAnswer):
+        return f"{name}, the server sent {exc.kind}"
+    if isinstance(exc, Garbled | EventTooLong):
+        return f"{name}, {exc}"
+    error = exc.error if isinstance(exc, Refused) else vars(exc)
+    words = [str(error.get(field) or "") for field in ("code", "type")]
+    return ", ".join([name, *(word for word in words if _SAFE.fullmatch(word))])
+
+
+def address(base_url: str, api_key: str) -> dict[str, t.Any]:
+    """Options of an SDK's client for a base URL with a query, as Azure has it: the query belongs
+    after the path of each request. Azure also wants its key in a header of its own."""
+    parts = urllib.parse.urlsplit(base_url)
+    query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    options: dict[str, t.Any] = {}
+    # The whole address of the method is what Azure's portal shows to copy.
+    path = parts.path.rstrip("/").removesuffix("/chat/completions")
+    if query or path != parts.path.rstrip("/"):
+        options["base_url"] = urllib.parse.urlunsplit(parts._replace(path=path, query=""))
+    if query:
+        options["default_query"] = query
+    azure = "api-version" in query or (parts.hostname or "").endswith(".azure.com")
+    # A token of Entra (a JWT) goes where the SDK puts it.
+    if azure and not api_key.startswith("eyJ"):
+        options["default_headers"] = {"api-key": api_key}
+    return options
 
 
 class Plainly:
-    """The OpenAI SDK's client, with JSON instead of its models where a stream is read.
-
-    Building them is half of the CPU of a token, and walking through a request for names to
-    change, of which there are none in plain JSON, half of the CPU before the first one.
-    """
+    """The OpenAI SDK's client, and what is known of its provider."""
 
     def __init__(self, sdk: openai.OpenAI) -> None:
         self._sdk = sdk
-        self.chat = types.SimpleNamespace(completions=_Completions(sdk))
+        self.repairs: list[Repair] = []
+        """What its requests need, as it has taken them only so."""
 
     def __getattr__(self, name: str) -> t.Any:
         return getattr(self._sdk, name)
 
-
-class _Completions:
-    """``client.chat.completions`` as Agentao's adapter uses it."""
-
-    def __init__(self, sdk: openai.OpenAI) -> None:
-        self._sdk = sdk
-
-    def __getattr__(self, name: str) -> t.Any:
-        return getattr(self._sdk.chat.completions, name)
-
-    def create(self, **kwargs: t.Any) -> cabc.Iterator[t.Any]:
-        """The chunks of a stream: what is not in one is None."""
-        more = kwargs.pop("extra_body", None) or {}
-        chunks = self._sdk.post(
+    def ask(self, body: dict[str, t.Any], options: dict[str, t.Any]) -> httpx2.Response:
+        """The response to a chat completion, unread."""
+        response = self._sdk.post(
             "/chat/completions",
-            body={**kwargs, **more},
-            cast_to=object,
+            body=body,
+            cast_to=httpx2.Response,
+            options=t.cast(t.Any, options),
             stream=True,
             stream_cls=openai.Stream[object],
         )
-        return map(_plain, chunks)
+        return t.cast(httpx2.Response, response)
 
 
-class _Plain(dict[str, t.Any]):
-    """An object of JSON whose fields are attributes, too."""
+class Completions:
+    """Agentao's adapter for Chat Completions, reading by ourselves."""
 
-    __getattr__ = dict.get
+    def __init__(
+        self, adapter: t.Any, owner: t.Any, call_timeout: httpx2.Timeout, logger: logging.Logger
+    ) -> None:
+        self._adapter = adapter
+        self._owner = owner
+        self._call_timeout = call_timeout
+        self._logger = logger
+        self._tried: list[Repair] = []
+
+    def __getattr__(self, name: str) -> t.Any:
+        return getattr(self._adapter, name)
+
+    def build_request(self, messages: t.Any, *args: t.Any, **kwargs: t.Any) -> dict[str, t.Any]:
+        self._tried = []
+        request = self._adapter.build_request([*map(restored, messages)], *args, **kwargs)
+        return t.cast(dict[str, t.Any], request)
+
+    def repair_request(self, refusal: str, request: dict[str, t.Any], *, stream: bool) -> bool:
+        """See agentao's adapters: True if *request*, changed here, is worth another try."""
+        if self._adapter.repair_request(refusal, request, stream=stream):
+            return True
+        refusal = refusal.lower()
+        if not any(f"error code: {status}" in refusal for status in _REFUSALS):
+            return False
+        body = self._repaired(request)
+        for repair in REPAIRS:
+            if repair not in self._tried and repair.cures(refusal, body):
+                self._tried.append(repair)
+                return True
+        return False
+
+    def _repaired(self, request: dict[str, t.Any]) -> dict[str, t.Any]:
+        known: list[Repair] = self._owner.client.repairs
+        for repair in (*known, *self._tried):
+            request = repair.cure(request)
+        return request
+
+    def consume_stream(
+        self,
+        request: dict[str, t.Any],
+        acc: t.Any,
+        on_text_chunk: cabc.Callable[[str], None] | None,
+        cancellation_token: t.Any,
+    ) -> t.Any:
+        def stopped() -> bool:
+            return cancellation_token is not None and cancellation_token.is_cancelled
+
+        return self._call(request, {}, Answer(acc, on_text_chunk), acc, stopped)
+
+    def send(self, request: dict[str, t.Any], acc: t.Any) -> t.Any:
+        """The same for an answer in one piece."""
+
+        def stopped() -> bool:
+            turn = current_turn()
+            return turn is not None and turn[1].is_cancelled
+
+        return self._call(request, {"timeout": self._call_timeout}, Answer(acc, None), acc, stopped)
+
+    def _call(
+        self,
+        request: dict[str, t.Any],
+        options: dict[str, t.Any],
+        answer: Answer,
+        acc: t.Any,
+        stopped: cabc.Callable[[], bool],
+    ) -> t.Any:
+        body = dict(self._repaired(request))
+        body |= body.pop("extra_body", None) or {}
+        try:
+            self._read(self._owner.client.ask(body, options), answer, acc, stopped)
+        except openai.BadRequestError as exc:
+            if str(exc.code).lower() not in FILTERED:
+                raise
+            answer.finish = CONTENT_FILTER
+        finally:
+            acc.usage_data = answer.usage.shape()
+        return answer.response()
+
+    def _read(
+        self,
+        response: httpx2.Response,
+        answer: Answer,
+        acc: t.Any,
+        stopped: cabc.Callable[[], bool],
+    ) -> None:
+        try:
+            _read_all(response, answer, stopped)
+        except _BROKEN as exc:
+            if answer.complete or stopped():
+                # What follows the end of an answer does not matter.
+                return
+            if isinstance(exc, Refused) and str(exc.error.get("code")).lower() in FILTERED:
+                answer.finish = CONTENT_FILTER
+                return
+            if not acc.progress_made:
+                raise _as_the_sdk_does(exc, response.request) from exc
+            # Somebody has read a part of it, so it cannot be asked for again.
+            self._logger.warning("a model's answer was cut off: %s", in_words(exc))
+        else:
+            if not stopped():
+                _check(response, answer)
+                # It has taken the request with these, so it needs them.
+                self._owner.client.repairs.extend(self._tried)
+                self._tried = []
+        finally:
+            response.close()
 
 
-def _plain(value: t.Any) -> t.Any:
-    if isinstance(value, dict):
-        return _Plain({name: _plain(part) for name, part in value.items()})
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return value
+def _read_all(response: httpx2.Response, answer: Answer, stopped: cabc.Callable[[], bool]) -> None:
+    plain = "content-encoding" not in response.headers
+    packets = response.iter_raw() if plain else response.iter_bytes()
+    head = b""
+    for packet in packets:
+        head += packet
+        if begins := head.lstrip(_BLANK)[:1]:
+            break
+    else:
+        raise Garbled("the answer is empty")
+    packets = itertools.chain((head,), packets)
+    if begins in b"{[":
+        _read_json(packets, response, answer)
+    elif begins == b"<":
+        raise NotAnAnswer(_kind(response, "a page of HTML"), response.request)
+    else:
+        _read_events(packets, answer, stopped)
 
 
-def as_it_is(kwargs: dict[str, t.Any]) -> dict[str, t.Any]:
-    """The same request in one piece, past that search: the SDK's own way around it."""
-    plain = {name: kwargs[name] for name in ("messages", "tools") if name in kwargs}
-    told = {name: value for name, value in kwargs.items() if name != "tools"}
-    # The SDK wants to see some messages; these of the body win.
-    return {**told, "messages": [], "extra_body": {**plain, **(kwargs.get("extra_body") or {})}}
+def _read_events(
+    packets: cabc.Iterable[bytes], answer: Answer, stopped: cabc.Callable[[], bool]
+) -> None:
+    reader = EventReader()
+    feed, take = reader.feed, answer.take_event
+    for packet in packets:
+        for kind, data in feed(packet):
+            if stopped() or take(kind, data):
+                return
+    if not stopped():
+        for kind, data in reader.end():
+            take(kind, data)
+
+
+def _read_json(packets: cabc.Iterable[bytes], response: httpx2.Response, answer: Answer) -> None:
+    text = bytearray()
+    for packet in packets:
+        text += packet
+        if len(text) > MAX_EVENT:
+            raise EventTooLong(f"an answer of more than {MAX_EVENT} bytes")
+    try:
+        told = json.loads(text.decode("utf-8-sig", "replace"))
+    except (ValueError, RecursionError) as exc:
+        raise NotAnAnswer(_kind(response, "unreadable JSON"), response.request) from exc
+    if isinstance(told, list) and told:
+        # Gemini wraps its errors in a list.
+        told = told[0]
+    if isinstance(told, dict):
+        answer.take_complete(told)
+
+
+def _check(response: httpx2.Response, answer: Answer) -> None:
+    """Raise if the stream ended before there was an answer."""
+    if not answer.heard:
+        raise NotAnAnswer(_kind(response, "nothing of a chat completion"), response.request)
+    if answer.empty and not answer.complete and (answer.finish or not answer.done):
+        raise openai.APIConnectionError(
+            message="the stream ended before the answer began", request=response.request
+        )
+
+
+def _kind(response: httpx2.Response, what: str) -> str:
+    kind = response.headers.get("content-type", "").partition(";")[0].strip()
+    return f"{what} ({kind if _SAFE.fullmatch(kind) else 'no content type'})"
+
+
+#: What can end an answer in the middle.
+_BROKEN: t.Final = (httpx2.TransportError, Refused, Garbled, EventTooLong)
+
+
+def _as_the_sdk_does(exc: Exception, request: httpx2.Request) -> Exception:
+    """The error that Agentao expects, and decides by whether to try again."""
+    if isinstance(exc, httpx2.TimeoutException):
+        return openai.APITimeoutError(request=request)
+    if isinstance(exc, Refused):
+        return openai.APIError(str(exc), request, body=exc.error)
+    if isinstance(exc, EventTooLong):
+        return NotAnAnswer(str(exc), request)
+    message = str(exc) if isinstance(exc, Garbled) else "Connection error."
+    return openai.APIConnectionError(message=message, request=request)

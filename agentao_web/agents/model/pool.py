@@ -24,8 +24,10 @@ from agentao_web.agents.budget import IMAGE_TOKENS
 from agentao_web.agents.budget import Meter
 from agentao_web.agents.budget import Metered
 from agentao_web.agents.model import refusals
+from agentao_web.agents.model.plain import Completions
 from agentao_web.agents.model.plain import Plainly
-from agentao_web.agents.model.plain import as_it_is
+from agentao_web.agents.model.plain import address
+from agentao_web.agents.model.plain import in_words
 from agentao_web.agents.model.sockets import Patience
 from agentao_web.agents.model.sockets import Transport
 
@@ -162,7 +164,7 @@ class ModelPool:
         return self._http.is_closed
 
     def sdk(self, key: tuple[str, ...], build: cabc.Callable[[], t.Any]) -> t.Any:
-        """The SDK client for *key*, which begins with the wire format.
+        """The SDK client for *key*: wire format, base URL and key of the provider.
 
         A new one costs an SSL context, so it is built once.
         """
@@ -171,7 +173,9 @@ class ModelPool:
                 if len(self._sdks) >= _MAX_SDKS:
                     self._sdks.pop(next(iter(self._sdks)))
                 plain = build()
-                pooled = plain.with_options(http_client=self._http, timeout=self.stream_timeout)
+                pooled = plain.with_options(
+                    http_client=self._http, timeout=self.stream_timeout, **address(*key[1:])
+                )
                 self._sdks[key] = Plainly(pooled) if key[0] == "openai-completions" else pooled
                 plain.close()
             return self._sdks[key]
@@ -293,7 +297,10 @@ class _PooledClient(Metered, LLMClient):
         return lambda info: on_retry({**info, "max_retries": self._pool.attempts - 1})
 
     def _make_adapter(self) -> t.Any:
-        return _Wire(super()._make_adapter(), self, self._pool, self._host_logger)
+        adapter = super()._make_adapter()
+        if self.api_format == "openai-completions":
+            adapter = Completions(adapter, self, self._pool.call_timeout, self._host_logger)
+        return _Wire(adapter, self, self._pool, self._host_logger)
 
     def _log_request(self, *args: t.Any, **kwargs: t.Any) -> None:
         """Nothing: Agentao would render the whole prompt even for a silent logger."""
@@ -374,12 +381,6 @@ class _Wire:
                 self._repaired = True
         return self._repaired
 
-    def send(self, kwargs: dict[str, t.Any], acc: t.Any) -> t.Any:
-        # Chat Completions is the only wire whose `send` does not stream.
-        if self._owner.api_format == "openai-completions":
-            kwargs = {**as_it_is(kwargs), "timeout": self._pool.call_timeout}
-        return self._adapter.send(kwargs, acc)
-
     # -- the answer ----------------------------------------------------------------------------
 
     def consume_stream(
@@ -423,7 +424,7 @@ class _Wire:
             return False, status, None
         self._logger.warning(
             "model call failed: %s, status %s, attempt %d of %d",
-            type(exc).__name__,
+            in_words(exc),
             status or getattr(exc, "status_code", None),
             self.failed,
             self._pool.attempts,
