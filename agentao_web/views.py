@@ -13,6 +13,7 @@ import logging
 import re
 import secrets
 import socket
+import sys
 import time
 import typing as t
 
@@ -149,10 +150,24 @@ def blueprint(settings: Settings) -> Blueprint:
         bp.register_error_handler(code, _http_error)
     bp.register_error_handler(WebError, _web_error)
     bp.register_error_handler(Exception, _unexpected)
+    bp.url_value_preprocessor(_spare_csrf_protection)
     bp.before_request(begin_request)
     bp.after_request(name_request)
     bp.teardown_request(lambda exc: trail.leave())
     return bp
+
+
+def _spare_csrf_protection(endpoint: str | None, values: dict[str, t.Any] | None) -> None:
+    """Exempt our routes from Flask-WTF's CSRFProtect, which expects a form's token in a POST.
+
+    They lose nothing by it: auth.identify refuses what another site's page sends with a cookie.
+    Here and not in init_app: Flask runs this for our routes only, and before any before_request
+    function, so it does not matter which extension the host set up first.
+    """
+    flask_wtf = sys.modules.get("flask_wtf.csrf")
+    csrf = current_app.extensions.get("csrf")
+    if flask_wtf is not None and isinstance(csrf, flask_wtf.CSRFProtect):
+        csrf.exempt(current_app.blueprints[NAME])
 
 
 def _guarded(entry: openapi.Route) -> View:
@@ -817,9 +832,32 @@ def _http_error(error: HTTPException) -> t.Any:
         return _web_error(PayloadTooLarge(limit=request.max_content_length))
     if code >= 500:
         return _unexpected(error)
-    response = _web_error(_BY_STATUS.get(code, InvalidRequest)())
+    known = _BY_STATUS.get(code, InvalidRequest)
+    response = _web_error(_by_the_host(known, error) if _is_the_hosts() else known())
     response.status_code = code
     return response
+
+
+def _is_the_hosts() -> bool:
+    """Whether a before_request function of the host refused a request of ours.
+
+    The host's functions run before begin_request, which is our blueprint's first.
+    """
+    return request.blueprint == NAME and _BEGAN not in request.environ
+
+
+def _by_the_host(known: type[WebError], error: HTTPException) -> WebError:
+    """The host's refusal in our form, with its own words; a line in the log says whose it is."""
+    _log.warning(
+        "a before_request function of the application answered %s (%s) to %s %s, which never "
+        "reached agentao-web: see docs/embed.md, Cookies and Origin",
+        error.code,
+        type(error).__name__,
+        request.method,
+        request.url_rule,
+    )
+    message = f"The application refused this request before agentao-web saw it: {error.description}"
+    return known(message, refused_by="application")
 
 
 def _unexpected(error: Exception) -> Response:
