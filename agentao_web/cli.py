@@ -477,7 +477,7 @@ def _site(
         max_body=settings.max_body,
         patience=seconds,
         grace=settings.disconnect_grace,
-        wait=max(1, min(60, int(seconds))),
+        wait=max(1, min(proxy.WAIT, int(seconds))),
         message=message,
         metrics_token=getattr(settings, "metrics_token", None),
         ca=ca,

@@ -298,7 +298,7 @@ def answer(parts: Parts, key: SessionKey) -> Response:
 def events(parts: Parts, key: SessionKey) -> Response:
     query = request.args
     after = requests.cursor(query.get("after"), "after")
-    wait = requests.number(query.get("wait"), "wait", least=0, most=requests.MAX_WAIT)
+    wait = requests.wait(query.get("wait"))
     limit = requests.number(query.get("limit"), "limit", least=1, most=_MAX_LIMIT)
     follow = requests.flag(query.get("follow"), "follow")
     if (wire := _wire(parts, default=False)) is not None:

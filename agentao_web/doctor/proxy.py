@@ -34,6 +34,8 @@ ASKING, WORKER = "X-Agentao-Doctor", "X-Agentao-Worker"
 MESSAGE: t.Final = "count to 60"
 #: What takes the demo model a minute, if nobody stops it.
 _LONG_MESSAGE: t.Final = "take 60 seconds"
+#: Seconds the longest long-poll waits: less than the 60 s after which proxies give up.
+WAIT: t.Final = 55
 #: Seconds until a stream has begun.
 _SOON: t.Final = 5.0
 #: Seconds a turn may go on after the grace, and between two looks at it.
@@ -67,7 +69,7 @@ class Site:
     """Seconds of silence to sit through: more than AGENTAO_HEARTBEAT there."""
     grace: float = 10.0
     """AGENTAO_DISCONNECT_GRACE there."""
-    wait: int = 60
+    wait: int = WAIT
     """Seconds a long-poll is tried for."""
     message: str = MESSAGE
     metrics_token: str | None = dataclasses.field(default=None, repr=False)
@@ -452,7 +454,7 @@ def _waiting(visit: Visit) -> Findings:
             "timeout",
             f"the proxy ended a long-poll of {wait} s after {took:.0f} s",
             "nginx: `proxy_read_timeout 90s;` where it says `proxy_pass`: long-polls wait up to "
-            "60 s",
+            f"{WAIT} s",
         )
     else:
         yield wrong("timeout", f"a long-poll answers {status}")
