@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import collections.abc as cabc
+import contextlib
 import logging
 import re
+import threading
 import typing as t
 from pathlib import Path
 
 import pytest
 from flask import Flask
 from flask import abort
+from flask import redirect
+from flask import request
 from flask import session
 from flask.testing import FlaskClient
 from flask_wtf.csrf import CSRFProtect
 from flask_wtf.csrf import generate_csrf
+from werkzeug.serving import make_server
 
 from agentao_web import AgentaoWeb
 from agentao_web import Principal
 from agentao_web import shutdown
+from agentao_web.doctor.proxy import Site
+from agentao_web.doctor.proxy import examine
 from agentao_web.testing import say
 from agentao_web.testing import scripted
 from agentao_web.wire.requests import MAX_WAIT
@@ -70,7 +77,8 @@ def make(tmp_path: Path) -> cabc.Iterator[Make]:
         app.config.update(AGENTAO_ROOT=tmp_path, AGENTAO_PAGE=False)
 
         def who(request: t.Any) -> Principal | None:
-            return Principal("shop", session["user"]) if "user" in session else None
+            user = session.get("user") or request.headers.get("X-User")
+            return Principal("shop", user) if user else None
 
         @app.get("/form")
         def form() -> str:
@@ -222,3 +230,58 @@ def test_what_we_refuse_ourselves_is_not_the_hosts(make: Make) -> None:
         "message": "There is nothing here by that name.",
         "details": {},
     }
+
+
+# -- the doctor --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def served(app: Flask) -> cabc.Iterator[str]:
+    """*app* on a port of its own."""
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def abort_posts(app: Flask, web: AgentaoWeb, prefix: str) -> None:
+    web.init_app(app, url_prefix=prefix)
+
+    @app.before_request
+    def refuse() -> None:
+        if request.method == "POST" and "X-User" in request.headers:
+            abort(400, "No token in this form.")
+
+
+def redirect_posts(app: Flask, web: AgentaoWeb, prefix: str) -> None:
+    web.init_app(app, url_prefix=prefix)
+
+    @app.before_request
+    def to_login() -> t.Any:
+        return redirect("/login") if request.method == "POST" else None
+
+
+@pytest.mark.parametrize(
+    ("put_together", "user", "message", "cure"),
+    [
+        (by_hand, "ann", "The CSRF token is missing.", "docs/embed.md"),
+        (abort_posts, "ann", "No token in this form.", "docs/embed.md"),
+        (redirect_posts, "ann", "the application's own code", "before_request"),
+    ],
+)
+def test_the_doctor_says_who_refuses(
+    make: Make, put_together: t.Any, user: str, message: str, cure: str
+) -> None:
+    app = make(put_together)
+    with served(app) as url:
+        headers = {"X-User": user, "Sec-Fetch-Site": "same-origin"}
+        site = Site(f"{url}/agent", headers, max_body=2**20, patience=5)
+        found = next(f for f in examine(site) if f.check == "stream")
+    assert found.level == "wrong"
+    assert message in found.message and cure in found.cure
+    assert "nginx" not in found.message + found.cure

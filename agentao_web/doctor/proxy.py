@@ -261,6 +261,8 @@ class _Heard:
     response: httpx2.Response
     events: list[tuple[float, dict[str, t.Any]]] = dataclasses.field(default_factory=list)
     broken: bool = False
+    body: bytes = b""
+    """What came in place of a stream."""
 
 
 def _listen(visit: Visit) -> _Heard:
@@ -271,6 +273,9 @@ def _listen(visit: Visit) -> _Heard:
     heard, rest = _Heard(response), b""
     with contextlib.closing(response):
         try:
+            if response.status_code != 200:
+                heard.body = response.read()
+                return heard
             for chunk in response.iter_bytes():
                 *frames, rest = (rest + chunk).split(b"\n\n")
                 heard.events += [(time.time(), event) for event in map(_event, frames) if event]
@@ -292,8 +297,7 @@ def _stream(visit: Visit) -> Findings:
     heard = _listen(visit)
     response = heard.response
     if response.status_code != 200:
-        cure = "ask again later" if response.status_code in (429, 503) else "is POST let through?"
-        yield wrong("stream", f"POST /chat/… answers {response.status_code}", cure)
+        yield _refused(response, heard.body)
         return
     numbers = [event["seq"] for _, event in heard.events if isinstance(event.get("seq"), int)]
     visit.cursor = max(numbers, default=0)
@@ -310,6 +314,39 @@ def _stream(visit: Visit) -> Findings:
         code = next(e["error"]["code"] for _, e in heard.events if e.get("type") == "error")
         yield wrong("stream", f"the turn ended with {code}", "look into the server's log")
     yield from _flow(heard)
+
+
+def _refused(response: httpx2.Response, body: bytes) -> Finding:
+    """Who refused a POST: the server, the application around it, or the proxy before both."""
+    told: t.Any = None
+    with contextlib.suppress(ValueError):
+        told = json.loads(body)
+    answer = told if isinstance(told, dict) else {}
+    details = answer.get("details")
+    answered = f"POST /chat/… answers {response.status_code}"
+    if isinstance(details, dict) and details.get("refused_by") == "application":
+        return wrong(
+            "stream",
+            f"{answered}, from a before_request function of the application: {answer['message']}",
+            "leave out our routes there, such as `if request.blueprint != \"agentao\"`; see "
+            "docs/embed.md, Cookies and Origin",
+        )
+    if "code" in answer:
+        if response.status_code in (429, 503):
+            cure = "ask again later"
+        elif response.status_code == 403:
+            cure = "a login by cookie needs --header 'Origin: …' too"
+        else:
+            cure = "look into the server's log, at its X-Request-Id"
+        return wrong("stream", f"{answered}: {answer.get('message')}", cure)
+    if "x-request-id" in response.headers:
+        return wrong(
+            "stream",
+            f"{answered}, and not in our form: the application's own code answers for our route",
+            "look for a before_request function that returns a page or a redirect, and leave out "
+            "our routes there: `if request.blueprint != \"agentao\"`",
+        )
+    return wrong("stream", answered, "nginx: is POST let through?")
 
 
 def _headers(response: httpx2.Response) -> Findings:
