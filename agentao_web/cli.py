@@ -32,14 +32,15 @@ from agentao_web.core.errors import WebError
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
 from agentao_web.core.names import is_session_id
-from agentao_web.doctor import machine
-from agentao_web.doctor import proxy
-from agentao_web.extension import create_app
-from agentao_web.extension import open_store
-from agentao_web.store import SessionRow
-from agentao_web.store import Store
-from agentao_web.store.sql import SqlStore
 from agentao_web.terminal import chat
+
+# A command imports what it needs itself: the server, its database and the doctor's HTTP client
+# together take more than a second, and `agentao-web token` is often called by a script.
+if t.TYPE_CHECKING:
+    from agentao_web.doctor import proxy
+    from agentao_web.store import SessionRow
+    from agentao_web.store import Store
+    from agentao_web.store.sql import SqlStore
 
 _DAY: t.Final = 86_400
 #: The doctor's own token is good for one visit.
@@ -138,6 +139,9 @@ def _commands(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) 
 
 
 @click.group()
+@click.version_option(
+    package_name="agentao-web", prog_name="agentao-web", message="%(prog)s %(version)s"
+)
 def main() -> None:
     """Agentao behind HTTP. Settings are AGENTAO_… environment variables."""
 
@@ -283,6 +287,9 @@ def _operator(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) 
 @contextlib.contextmanager
 def _store(read: Read, *, make: bool = False) -> t.Iterator[SqlStore]:
     """The servers' database, which is there already unless it may be made."""
+    from agentao_web.extension import open_store
+    from agentao_web.store.sql import SqlStore
+
     settings = read()
     try:
         store = open_store(settings)
@@ -392,7 +399,7 @@ def _doctor(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) ->
     @click.option("--token", help="A bearer token for it; one is made if there are keys.")
     @click.option("--header", multiple=True, help="NAME: VALUE, for a login of the host's.")
     @click.option("--ca", type=click.Path(exists=True), help="Certificates to trust, for --url.")
-    @click.option("--message", default=proxy.MESSAGE, show_default=True, help="What is said there.")
+    @click.option("--message", default=doctor.MESSAGE, show_default=True, help="What to say there.")
     @click.option(
         "--patience",
         type=click.FloatRange(1),
@@ -423,6 +430,9 @@ def _doctor(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) ->
 def _examine(
     read: Read, *, url: str | None, no_model: bool, pid: int | None, **visit: t.Any
 ) -> t.Iterator[doctor.Finding]:
+    from agentao_web.doctor import machine
+    from agentao_web.doctor import proxy
+
     try:
         settings = read()
         # Reads the same settings again, and is a RuntimeError where they are wrong.
@@ -438,7 +448,7 @@ def _examine(
             machine.Server(**workers.told()),
             os.environ,
             own_login=own_login,
-            own_agents=parts is not None and not machine.names_a_model(os.environ),
+            own_agents=parts is not None and parts.own_agents,
             ask_model=not no_model,
             pid=pid,
         )
@@ -458,6 +468,8 @@ def _site(
     message: str,
     patience: float | None,
 ) -> proxy.Site:
+    from agentao_web.doctor import proxy
+
     headers = {}
     for line in header:
         name, colon, value = line.partition(":")
@@ -505,9 +517,14 @@ def serve(demo: bool, bind: str) -> None:
         os.environ["AGENTAO_SECRET_KEYS"] = secrets.token_urlsafe(32)
         settings = _environment()
         click.echo("No AGENTAO_SECRET_KEYS: a random one for this run.")
+    from agentao_web.agents import early
+    from agentao_web.extension import create_app
+
     try:
         # What is wrong is said here in one sentence, not by a worker that cannot boot.
         create_app()
+        if not settings.demo:
+            early.model(os.environ)
     except RuntimeError as exc:
         raise click.ClickException(str(exc)) from None
     _see_if_free(bind)

@@ -14,6 +14,7 @@ import re
 import secrets
 import socket
 import sys
+import threading
 import time
 import typing as t
 
@@ -36,6 +37,7 @@ from agentao_web.auth import identify
 from agentao_web.auth import ticket
 from agentao_web.config import Settings
 from agentao_web.core import trail
+from agentao_web.core.errors import Draining
 from agentao_web.core.errors import Forbidden
 from agentao_web.core.errors import InternalError
 from agentao_web.core.errors import InvalidRequest
@@ -48,6 +50,7 @@ from agentao_web.core.errors import Quota
 from agentao_web.core.errors import Unauthorized
 from agentao_web.core.errors import UnsupportedMediaType
 from agentao_web.core.errors import WebError
+from agentao_web.core.errors import WrongSchema
 from agentao_web.core.log import Event
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
@@ -61,6 +64,7 @@ from agentao_web.readers import Watcher
 from agentao_web.readers import ending
 from agentao_web.readers import poll
 from agentao_web.readers import stream
+from agentao_web.readiness import Readiness
 from agentao_web.sessions import SessionPool
 from agentao_web.sessions import Started
 from agentao_web.slots import Slot
@@ -92,6 +96,17 @@ _REQUEST_ID: t.Final = re.compile(r"[!-~](?:[ -~]{0,126}[!-~])?")
 _ID, _BEGAN = "agentao_web.request_id", "agentao_web.began"
 
 
+class Machinery(t.NamedTuple):
+    """What runs the turns of one application. Loading it takes a second."""
+
+    pool: SessionPool
+    readiness: Readiness
+    warm: cabc.Callable[[], None] = lambda: None
+    """Loads what the first turn would load."""
+    left: cabc.Callable[[], int] = lambda: 0
+    """How many calls of the host's tools run on past their deadline."""
+
+
 @dataclasses.dataclass
 class Parts:
     """What belongs to one application; hangs in ``app.extensions["agentao_web"]``."""
@@ -99,20 +114,50 @@ class Parts:
     settings: Settings
     authenticate: Authenticate
     tickets: Tickets
-    pool: SessionPool
+    build: cabc.Callable[[], Machinery]
+    """Called once, by whoever needs the machinery first: a command of the host's does not."""
     watcher: Watcher
     slots: StreamSlots = dataclasses.field(default_factory=StreamSlots)
     wires: tuple[Wire, ...] = ()
     """Streams of the host's own making."""
     own_login: bool = False
     """Requests are identified by the host, not by tokens of ours."""
-    warm: cabc.Callable[[], None] = lambda: None
-    """Loads what the first turn would load."""
-    left: cabc.Callable[[], int] = lambda: 0
-    """How many calls of the host's tools run on past their deadline."""
+    own_agents: bool = False
+    """The host builds its agents, so no model has to be named."""
     observer: Observer = dataclasses.field(default_factory=Observer)
     scrape: cabc.Callable[[str], tuple[bytes, str]] | None = None
     """The numbers of all workers in the form that an ``Accept`` asks for, and its name."""
+    built: Machinery | None = None
+    _building: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    @property
+    def machinery(self) -> Machinery:
+        """What runs the turns, built by the first who asks."""
+        if self.built is None:
+            with self._building:
+                if self.built is None:
+                    self.built = self.build()
+        return self.built
+
+    @property
+    def pool(self) -> SessionPool:
+        """The sessions of this worker."""
+        return self.machinery.pool
+
+    def shut_down(self, grace: float | None) -> None:
+        """End every turn within *grace* seconds, if there ever was one; none begins from now on."""
+        with self._building:
+            if self.built is None:
+                self.build = _too_late
+        if self.built is not None:
+            self.built.pool.drain(grace)
+        else:
+            self.observer.close()
+        self.watcher.close()
+
+
+def _too_late() -> Machinery:
+    raise Draining
 
 
 ROUTES: list[openapi.Route] = []
@@ -457,11 +502,21 @@ def healthz(parts: Parts) -> Response:
     return jsonify(ok=True)
 
 
-@route("GET", "/readyz", "Ready for new turns", public=True, responses={200: "Ok", 503: "Ok"})
+@route(
+    "GET",
+    "/readyz",
+    "Whether new turns are taken, and if not, why",
+    public=True,
+    responses={200: "Ok", 503: "NotReady"},
+)
 def readyz(parts: Parts) -> Response:
-    ready = parts.pool.ready
-    response = jsonify(ok=ready)
-    response.status_code = 200 if ready else 503
+    why = parts.machinery.readiness.why_not()
+    if why is None:
+        return jsonify(ok=True)
+    response = _in_order({"ok": False, **why.as_dict()})
+    response.status_code = why.status
+    if why.retry_after is not None:
+        response.headers["Retry-After"] = str(why.retry_after)
     return response
 
 
@@ -795,6 +850,8 @@ def _nothing(status: int) -> Response:
 
 def _web_error(error: WebError) -> Response:
     _count_refusal(error)
+    if isinstance(error, WrongSchema):
+        _log.error("%s", error.message)
     response = jsonify(error.as_dict())
     response.status_code = error.status
     if error.retry_after is not None:

@@ -20,6 +20,7 @@ import typing as t
 
 import httpx2
 
+from agentao_web.doctor import MESSAGE
 from agentao_web.doctor import Finding
 from agentao_web.doctor import hint
 from agentao_web.doctor import ok
@@ -30,8 +31,6 @@ Findings = cabc.Iterator[Finding]
 
 #: Asked for with a header, so that nobody else is told.
 ASKING, WORKER = "X-Agentao-Doctor", "X-Agentao-Worker"
-#: What makes the demo model talk for two seconds, and any other for about as long.
-MESSAGE: t.Final = "count to 60"
 #: What takes the demo model a minute, if nobody stops it.
 _LONG_MESSAGE: t.Final = "take 60 seconds"
 #: Seconds the longest long-poll waits: less than the 60 s after which proxies give up.
@@ -328,7 +327,7 @@ def _refused(response: httpx2.Response, body: bytes) -> Finding:
         return wrong(
             "stream",
             f"{answered}, from a before_request function of the application: {answer['message']}",
-            "leave out our routes there, such as `if request.blueprint != \"agentao\"`; see "
+            'leave out our routes there, such as `if request.blueprint != "agentao"`; see '
             "docs/embed.md, Cookies and Origin",
         )
     if "code" in answer:
@@ -344,7 +343,7 @@ def _refused(response: httpx2.Response, body: bytes) -> Finding:
             "stream",
             f"{answered}, and not in our form: the application's own code answers for our route",
             "look for a before_request function that returns a page or a redirect, and leave out "
-            "our routes there: `if request.blueprint != \"agentao\"`",
+            'our routes there: `if request.blueprint != "agentao"`',
         )
     return wrong("stream", answered, "nginx: is POST let through?")
 

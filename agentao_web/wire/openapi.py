@@ -317,6 +317,13 @@ SCHEMAS: t.Final[dict[str, Schema]] = {
         cursor=_INTEGER,
         state=_enum("idle", "running", "waiting"),
     ),
+    "NotReady": _object(
+        "ok code message details",
+        ok={"const": False},
+        code=_STRING,
+        message=_STRING,
+        details={"type": "object"},
+    ),
     "Cancelled": _object("ok cancelled", ok=_BOOLEAN, cancelled=_INTEGER),
     "Deleted": _object("ok", ok=_BOOLEAN, pending=_BOOLEAN),
     "Session": _object(
