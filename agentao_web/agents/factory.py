@@ -224,7 +224,7 @@ class AgentaoAgents:
 
     def warm(self) -> None:
         """Load what the first agent would load: the SDK, which takes most of a second."""
-        import agentao.host  # noqa: F401  The first turn of each process imports it.
+        import agentao.host.projection  # noqa: F401  The first turn would import it.
 
         guards.install()
         if self._llm:
