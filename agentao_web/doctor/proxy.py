@@ -109,8 +109,8 @@ class Visit:
 
 def examine(site: Site) -> Findings:
     """Everything there is to say; begins with whether there is a server at all."""
-    visit = Visit(site)
     try:
+        visit = Visit(site)
         with contextlib.closing(visit.http):
             try:
                 yield from _reach(visit)

@@ -123,12 +123,12 @@ def chat(
     except BrokenPipeError:
         raise  # Whoever read it has enough; click ends quietly.
     except (OSError, ValueError) as exc:
-        _give_up_output()
+        give_up_output()
         kind = click.UsageError if isinstance(exc, ValueError) else click.ClickException
         raise kind(line(str(exc))) from None
 
 
-def _give_up_output() -> None:
+def give_up_output() -> None:
     """What could not be written is not tried again at the end: that would change the exit code."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
