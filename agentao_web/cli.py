@@ -7,10 +7,13 @@ import dataclasses
 import datetime
 import errno
 import json
+import math
 import os
+import re
 import secrets
 import socket
 import sqlite3
+import ssl
 import sys
 import time
 import typing as t
@@ -28,25 +31,74 @@ from agentao_web.auth import DEMO_TOKEN
 from agentao_web.auth import Tokens
 from agentao_web.config import Settings
 from agentao_web.config import from_environment
-from agentao_web.core.errors import WebError
+from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
 from agentao_web.core.names import is_session_id
-from agentao_web.doctor import machine
-from agentao_web.doctor import proxy
-from agentao_web.extension import create_app
-from agentao_web.extension import open_store
-from agentao_web.store import SessionRow
-from agentao_web.store import Store
-from agentao_web.store.sql import SqlStore
 from agentao_web.terminal import chat
+from agentao_web.terminal import give_up_output
+
+# A command imports what it needs itself: the server, its database and the doctor's HTTP client
+# together take more than a second, and `agentao-web token` is often called by a script.
+if t.TYPE_CHECKING:
+    from agentao_web.doctor import proxy
+    from agentao_web.store import SessionRow
+    from agentao_web.store import Store
+    from agentao_web.store.sql import SqlStore
 
 _DAY: t.Final = 86_400
+_HEADER_NAME: t.Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE: t.Final = re.compile(r"[ -~]*")
 #: The doctor's own token is good for one visit.
 _DOCTOR_SECONDS: t.Final = 900
+
+
+class _Finite(click.FloatRange):
+    """A range without ``nan``, which is inside of every range, and without ``inf``."""
+
+    def convert(self, value: t.Any, param: t.Any, ctx: t.Any) -> float:
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a number of seconds or days.", param, ctx)
+        return found
+
+
+class _Commands(click.Group):
+    """Commands whose failures are a line and not a traceback: a folder, a disk, an output."""
+
+    def main(self, *args: t.Any, **kwargs: t.Any) -> t.Any:
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as exc:
+            # What `--help` says may be written to a full disk, too.
+            give_up_output()
+            click.echo(f"Error: {_failure(exc)}", err=True)
+            sys.exit(1)
+
+    def invoke(self, ctx: click.Context) -> t.Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # Whoever read it has enough; click ends quietly.
+        except OSError as exc:
+            if exc.filename is None:
+                give_up_output()
+            raise click.ClickException(_failure(exc)) from None
+
+
+def _failure(exc: OSError) -> str:
+    """What the system says, and of which file."""
+    said = exc.strerror or str(exc)
+    return said if exc.filename is None else f"{exc.filename}: {said}"
+
+
 #: Never below zero: what is meant as "days ago" must not become "all of them".
-_DAYS: t.Final = click.FloatRange(0)
-_MOMENT: t.Final = click.FloatRange(0)
+_DAYS: t.Final = _Finite(0)
+#: Not milliseconds: those would make void whatever is issued in the next 50,000 years.
+_MOMENT: t.Final = _Finite(0, 4_000_000_000)
+#: The longest life of a token, in seconds: a hundred years.
+_LONGEST_TTL: t.Final = 36_525 * _DAY
+_FILE: t.Final = click.Path(exists=True, dir_okay=False, readable=True)
 _DATE: t.Final = click.DateTime(["%Y-%m-%d"])
 Read = t.Callable[[], Settings]
 
@@ -115,7 +167,9 @@ def _commands(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) 
     @group.command()
     @_TENANT
     @_USER
-    @click.option("--ttl", default=3600, type=click.IntRange(1), help="Seconds it is good for.")
+    @click.option(
+        "--ttl", default=3600, type=click.IntRange(1, _LONGEST_TTL), help="Seconds it is good for."
+    )
     @wrap
     def token(tenant: str, user: str, ttl: int) -> None:
         """Print a bearer token.
@@ -137,12 +191,15 @@ def _commands(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) 
         _workspace(read, tenant, user, session)
 
 
-@click.group()
+@click.group(cls=_Commands)
+@click.version_option(
+    package_name="agentao-web", prog_name="agentao-web", message="%(prog)s %(version)s"
+)
 def main() -> None:
     """Agentao behind HTTP. Settings are AGENTAO_… environment variables."""
 
 
-@click.group("agentao")
+@click.group("agentao", cls=_Commands)
 def flask_group() -> None:
     """Agentao: the same commands with this application's config."""
 
@@ -197,7 +254,7 @@ def _operator(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) 
         """
         with _store(read) as store:
             for row in store.sessions(tenant, user, before=None, limit=limit):
-                click.echo(json.dumps(_row(row), ensure_ascii=False))
+                click.echo(_json(_row(row)))
 
     @sessions_group.command()
     @_TENANT
@@ -237,7 +294,7 @@ def _operator(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) 
     @click.option(
         "--timeout",
         default=15.0,
-        type=click.FloatRange(0),
+        type=_Finite(0),
         help="Seconds to wait for its turn to stop.",
     )
     @wrap
@@ -283,6 +340,9 @@ def _operator(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) 
 @contextlib.contextmanager
 def _store(read: Read, *, make: bool = False) -> t.Iterator[SqlStore]:
     """The servers' database, which is there already unless it may be made."""
+    from agentao_web.extension import open_store
+    from agentao_web.store.sql import SqlStore
+
     settings = read()
     try:
         store = open_store(settings)
@@ -292,8 +352,12 @@ def _store(read: Read, *, make: bool = False) -> t.Iterator[SqlStore]:
             if not make:
                 _refuse_nothing(settings)
             yield store
-    except WebError as exc:
-        raise click.ClickException(exc.message) from None
+    except StoreUnavailable:
+        where = "AGENTAO_DATABASE_URL" if settings.database_url else "AGENTAO_ROOT"
+        raise click.ClickException(
+            f"The database cannot be opened, read or written. Is {where} right, does the "
+            "database run, and may this user write there?"
+        ) from None
     except RuntimeError as exc:
         raise click.ClickException(str(exc)) from None
 
@@ -315,7 +379,17 @@ def _row(row: SessionRow) -> dict[str, t.Any]:
 
 
 def _print(value: dict[str, t.Any]) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(_json(value, indent=2))
+
+
+def _json(value: dict[str, t.Any], indent: int | None = None) -> str:
+    """*value* in as many characters as the output can show."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
 
 
 def _found(store: Store, key: SessionKey) -> SessionRow:
@@ -367,15 +441,23 @@ def _remove(store: Store, settings: Settings, key: SessionKey) -> None:
 
 
 def _backup(read: Read, file: Path) -> None:
-    if file.exists():
+    try:
+        taken = file.exists()
+    except OSError as exc:
+        raise click.ClickException(f"{file} cannot be written: {exc.strerror}") from None
+    if taken:
         raise click.ClickException(f"{file} is there already; a backup is a new file")
     with _store(read) as store:
         try:
             store.backup(file)
-        except (OSError, sqlite3.Error) as exc:
+        except BaseException as exc:
+            # It was not there before, and half of a backup is none.
             with contextlib.suppress(OSError):
                 file.unlink()
-            raise click.ClickException(f"{file} cannot be written: {exc}") from None
+            if not isinstance(exc, OSError | sqlite3.Error):
+                raise
+            said = exc.strerror if isinstance(exc, OSError) else exc
+            raise click.ClickException(f"{file} cannot be written: {said}") from None
 
 
 _commands(main, _environment, lambda function: function)
@@ -391,11 +473,11 @@ def _doctor(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) ->
     @click.option("--url", help="Look at the server there too, through what is before it.")
     @click.option("--token", help="A bearer token for it; one is made if there are keys.")
     @click.option("--header", multiple=True, help="NAME: VALUE, for a login of the host's.")
-    @click.option("--ca", type=click.Path(exists=True), help="Certificates to trust, for --url.")
-    @click.option("--message", default=proxy.MESSAGE, show_default=True, help="What is said there.")
+    @click.option("--ca", type=_FILE, help="Certificates to trust, for --url.")
+    @click.option("--message", default=doctor.MESSAGE, show_default=True, help="What to say there.")
     @click.option(
         "--patience",
-        type=click.FloatRange(1),
+        type=_Finite(1),
         help="Seconds of silence to sit through there; AGENTAO_HEARTBEAT and 10 unless told.",
     )
     @click.option("--no-model", is_flag=True, help="Do not ask the model.")
@@ -423,6 +505,9 @@ def _doctor(group: click.Group, read: Read, wrap: t.Callable[[t.Any], t.Any]) ->
 def _examine(
     read: Read, *, url: str | None, no_model: bool, pid: int | None, **visit: t.Any
 ) -> t.Iterator[doctor.Finding]:
+    from agentao_web.doctor import machine
+    from agentao_web.doctor import proxy
+
     try:
         settings = read()
         # Reads the same settings again, and is a RuntimeError where they are wrong.
@@ -438,7 +523,7 @@ def _examine(
             machine.Server(**workers.told()),
             os.environ,
             own_login=own_login,
-            own_agents=parts is not None and not machine.names_a_model(os.environ),
+            own_agents=parts is not None and parts.own_agents,
             ask_model=not no_model,
             pid=pid,
         )
@@ -458,30 +543,44 @@ def _site(
     message: str,
     patience: float | None,
 ) -> proxy.Site:
+    from agentao_web.doctor import proxy
+
     headers = {}
     for line in header:
         name, colon, value = line.partition(":")
         if not colon:
             raise click.UsageError("--header is NAME: VALUE")
-        headers[name.strip()] = value.strip()
+        headers[_sendable(name, _HEADER_NAME)] = _sendable(value, _HEADER_VALUE)
     if token is None and not own_login:
         token = DEMO_TOKEN if settings.demo else None
         if token is None and settings.secret_keys:
             token = Tokens(settings.secret_keys).issue(Principal("doctor"), ttl=_DOCTOR_SECONDS)
     if token is not None:
-        headers["Authorization"] = f"Bearer {token}"
+        headers["Authorization"] = f"Bearer {_sendable(token, _HEADER_VALUE)}"
     seconds = patience or settings.heartbeat + 10
-    return proxy.Site(
+    site = proxy.Site(
         url,
         headers,
         max_body=settings.max_body,
         patience=seconds,
         grace=settings.disconnect_grace,
-        wait=max(1, min(60, int(seconds))),
+        wait=max(1, min(proxy.WAIT, int(seconds))),
         message=message,
         metrics_token=getattr(settings, "metrics_token", None),
         ca=ca,
     )
+    try:
+        assert site.tls
+    except ssl.SSLError:
+        raise click.UsageError(f"--ca: {ca} is not a file of PEM certificates") from None
+    return site
+
+
+def _sendable(text: str, form: re.Pattern[str]) -> str:
+    """*text* as it can stand in a header."""
+    if not form.fullmatch(text.strip()):
+        raise click.UsageError("a header or token has printable ASCII characters only")
+    return text.strip()
 
 
 main.add_command(chat)
@@ -505,9 +604,14 @@ def serve(demo: bool, bind: str) -> None:
         os.environ["AGENTAO_SECRET_KEYS"] = secrets.token_urlsafe(32)
         settings = _environment()
         click.echo("No AGENTAO_SECRET_KEYS: a random one for this run.")
+    from agentao_web.agents import early
+    from agentao_web.extension import create_app
+
     try:
         # What is wrong is said here in one sentence, not by a worker that cannot boot.
         create_app()
+        if not settings.demo:
+            early.model(os.environ)
     except RuntimeError as exc:
         raise click.ClickException(str(exc)) from None
     _see_if_free(bind)
@@ -521,6 +625,8 @@ def _see_if_free(bind: str) -> None:
     host, _, port = bind.rpartition(":")
     if not (host and port.isdecimal()):
         return
+    if int(port) > 65_535:
+        raise click.UsageError(f"--bind {bind}: a port is a number up to 65535")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -534,6 +640,9 @@ def _see_if_free(bind: str) -> None:
                 f"{bind} is taken: a server runs there. Take another: --bind HOST:PORT, "
                 "or BIND=HOST:PORT make run"
             ) from None
+        raise click.ClickException(
+            f"{bind} cannot be used: {exc.strerror}. Take another: --bind HOST:PORT"
+        ) from None
 
 
 def _greet(settings: Settings, bind: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc as cabc
 import logging
 import os
+import typing as t
 import weakref
 from pathlib import Path
 
@@ -14,9 +15,7 @@ from werkzeug.routing import Rule
 from agentao_web import logs
 from agentao_web import traces
 from agentao_web import views
-from agentao_web.agents.factory import AgentaoAgents
-from agentao_web.agents.factory import Factory
-from agentao_web.agents.tools import ToolsFor
+from agentao_web.agents import early
 from agentao_web.auth import Authenticate
 from agentao_web.auth import Revoked
 from agentao_web.auth import Tickets
@@ -29,18 +28,23 @@ from agentao_web.config import from_environment
 from agentao_web.config import rules_per_tenant
 from agentao_web.config import shells
 from agentao_web.core.names import Principal
+from agentao_web.core.names import SessionKey
 from agentao_web.core.observer import Observer
 from agentao_web.core.observer import Observers
 from agentao_web.core.rules import Rules
 from agentao_web.metrics import Metrics
 from agentao_web.readers import Watcher
+from agentao_web.readiness import Readiness
 from agentao_web.sessions import SessionPool
 from agentao_web.slots import StreamSlots
 from agentao_web.store import Store
+from agentao_web.store import check_url
 from agentao_web.store.allowance import Allowance
-from agentao_web.store.memory import MemoryStore
-from agentao_web.store.sql import SqlStore
 from agentao_web.wire import Wire
+
+if t.TYPE_CHECKING:
+    from agentao_web.agents.factory import Factory
+    from agentao_web.agents.tools import ToolsFor
 
 #: Opens a store with the application's settings.
 OpenStore = cabc.Callable[[Settings], Store]
@@ -101,12 +105,53 @@ class AgentaoWeb:
             raise RuntimeError(
                 "this application has an agentao-web already; call init_app once per application"
             )
-        settings = Settings.from_mapping(app.config)
+        settings = Settings.from_mapping({**_demo(os.environ), **app.config})
         log = logging.getLogger("agentao_web")
         rules = _rules(app, settings, self._rules)
+        early.check(settings, shells(settings), own_agents=self._agents is not None)
+        if settings.database_url is not None:
+            check_url(settings.database_url)
         logs.mark()
         metrics = _metrics(app, settings, log)
         observer = Observers(_observers(settings, metrics), log)
+
+        def build() -> views.Machinery:
+            return self._build(app, settings, rules, observer, log)
+
+        revoked = Revoked(lambda: pool_of(app).store.revocations())
+        tokens = Tokens(settings.secret_keys) if settings.secret_keys else None
+        app.extensions[_KEY] = views.Parts(
+            settings=settings,
+            authenticate=self._authenticate or _by_token(settings, tokens, revoked),
+            tickets=Tickets(
+                ticket_keys(settings.secret_keys, _keys_of(app), str(settings.root)),
+                tokens=tokens if self._authenticate is None else None,
+                revoked=revoked,
+            ),
+            build=build,
+            watcher=Watcher(),
+            wires=self._wires,
+            own_login=self._authenticate is not None,
+            own_agents=self._agents is not None,
+            observer=observer,
+            scrape=metrics.answer if metrics is not None else None,
+        )
+        prefix = url_prefix.rstrip("/")
+        app.register_blueprint(views.blueprint(settings), url_prefix=prefix or None)
+        _add_fallbacks(app, settings, prefix)
+        app.wsgi_app = taking_tickets(app.wsgi_app, prefix)  # type: ignore[assignment,method-assign]
+        _apps.add(app)
+
+    def _build(
+        self,
+        app: Flask,
+        settings: Settings,
+        rules: cabc.Callable[[Principal], Rules],
+        observer: Observer,
+        log: logging.Logger,
+    ) -> views.Machinery:
+        from agentao_web.agents.factory import AgentaoAgents
+
         store = self._store(settings) if self._store else open_store(settings, observer)
         allowance = Allowance(store, lambda principal: rules(principal).tokens_per_day)
         agents = AgentaoAgents(
@@ -120,37 +165,24 @@ class AgentaoWeb:
             alone=lambda: len(store.tenants(2)) < 2,
             log=log,
         )
-        revoked = Revoked(store.revocations)
-        tokens = Tokens(settings.secret_keys) if settings.secret_keys else None
-        app.extensions[_KEY] = views.Parts(
-            settings=settings,
-            authenticate=self._authenticate or _by_token(settings, tokens, revoked),
-            tickets=Tickets(
-                ticket_keys(settings.secret_keys, _keys_of(app), str(settings.root)),
-                tokens=tokens if self._authenticate is None else None,
-                revoked=revoked,
-            ),
-            pool=SessionPool(
-                store,
-                agents,
-                settings,
-                log=log,
-                may_spend=allowance.check,
-                observer=observer,
-            ),
-            watcher=Watcher(),
-            wires=self._wires,
-            own_login=self._authenticate is not None,
+
+        def may_start(key: SessionKey) -> None:
+            agents.check()
+            allowance.check(key)
+
+        pool = SessionPool(store, agents, settings, log=log, may_spend=may_start, observer=observer)
+        return views.Machinery(
+            pool,
+            Readiness(pool, lease=settings.worker_lease, check=agents.check),
             warm=agents.warm,
             left=lambda: agents.tools.left,
-            observer=observer,
-            scrape=metrics.answer if metrics is not None else None,
         )
-        prefix = url_prefix.rstrip("/")
-        app.register_blueprint(views.blueprint(settings), url_prefix=prefix or None)
-        _add_fallbacks(app, settings, prefix)
-        app.wsgi_app = taking_tickets(app.wsgi_app, prefix)  # type: ignore[assignment,method-assign]
-        _apps.add(app)
+
+
+def _demo(environ: cabc.Mapping[str, str]) -> dict[str, str]:
+    """AGENTAO_DEMO, which counts in the environment too: that is where a model is named."""
+    value = environ.get("AGENTAO_DEMO")
+    return {} if value is None else {"AGENTAO_DEMO": value}
 
 
 def _rules(
@@ -176,7 +208,7 @@ def _metrics(app: Flask, settings: Settings, log: logging.Logger) -> Metrics | N
         return {
             **parts.pool.gauges(),
             "agentao_streams_open": float(parts.slots.taken),
-            "agentao_host_tools_left": float(parts.left()),
+            "agentao_host_tools_left": float(parts.machinery.left()),
         }
 
     return Metrics(settings.root, gauges=gauges, tenants=settings.metrics_tenants, log=log)
@@ -196,7 +228,11 @@ def open_store(settings: Settings, observer: Observer | None = None) -> Store:
     url: str | Path = settings.database_url or settings.root / "agentao-web.db"
     most, log_bytes = settings.max_sessions_per_tenant, settings.log_bytes
     if str(url).startswith("memory:"):
+        from agentao_web.store.memory import MemoryStore
+
         return MemoryStore(max_per_tenant=most, log_bytes=log_bytes)
+    from agentao_web.store.sql import SqlStore
+
     failed = (observer or Observer()).store_failed
     return SqlStore(url, max_per_tenant=most, log_bytes=log_bytes, failed=failed)
 
@@ -246,11 +282,14 @@ def create_app(environ: cabc.Mapping[str, str] = os.environ) -> Flask:
 
 def pool_of(app: Flask) -> SessionPool:
     """The sessions of *app*; RuntimeError if it has no agentao-web."""
-    parts = app.extensions.get(_KEY)
+    return _parts(app).pool
+
+
+def _parts(app: Flask) -> views.Parts:
+    parts: views.Parts | None = app.extensions.get(_KEY)
     if parts is None:
         raise RuntimeError("this application has no agentao-web. Did you forget init_app?")
-    pool: SessionPool = parts.pool
-    return pool
+    return parts
 
 
 def apps() -> list[Flask]:
@@ -270,14 +309,21 @@ def reserve_threads(threads: int) -> None:
         one.slots = slots
 
 
+def load() -> None:
+    """Import what turns need. A master that forks workers can do it once for all of them."""
+    from agentao_web.agents import factory
+    from agentao_web.store import sql
+
+    assert factory and sql
+
+
 def warm(app: Flask) -> None:
     """Load what the first turn would load. Call it in the worker, before it serves."""
     parts: views.Parts = app.extensions[_KEY]
-    parts.warm()
+    parts.machinery.warm()
     parts.observer.ticked()
 
 
 def shutdown(app: Flask, grace: float | None = None) -> None:
     """End every turn of *app* within *grace* seconds and close what it holds. Harmless twice."""
-    pool_of(app).drain(grace)
-    app.extensions[_KEY].watcher.close()
+    _parts(app).shut_down(grace)

@@ -19,6 +19,7 @@ from agentao_web.core.names import SessionKey
 from agentao_web.live import Live
 from agentao_web.live import LiveTurn
 from agentao_web.questions import ANSWERED
+from agentao_web.readiness import Pulse
 from agentao_web.runner import Books
 from agentao_web.runner import Runner
 from agentao_web.store import LEFT
@@ -74,6 +75,8 @@ class Peers:
         self._clock = clock
         self._log = log
         self._beaten = 0.0
+        self._failed = False
+        """Whether the store has refused a sign of life since."""
         self._looked = 0.0
         self._pruned = float("-inf")
         self._aside_now: set[str] = set()
@@ -111,6 +114,11 @@ class Peers:
     def last_beat(self) -> float:
         """When the store was last told that we live, as a moment of ``time.monotonic``."""
         return time.monotonic() - (self._clock() - self._beaten)
+
+    @property
+    def pulse(self) -> Pulse:
+        """How the signs of life go."""
+        return Pulse(self._clock() - self._beaten, self._failed)
 
     # -- signs of life -------------------------------------------------------------------------
 
@@ -151,8 +159,9 @@ class Peers:
         try:
             begun = self._clock()
             self._store.beat(self._runner.worker)
-            self._beaten = begun
+            self._beaten, self._failed = begun, False
         except StoreUnavailable:
+            self._failed = True
             if now - self._beaten < self._lease * _CAUTION:
                 return
             # Before the others may take over.

@@ -20,6 +20,7 @@ from agentao_web.core import limits
 from agentao_web.core.errors import BudgetExhausted
 from agentao_web.core.errors import Draining
 from agentao_web.core.errors import Forbidden
+from agentao_web.core.errors import NoModel
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import Quota
 from agentao_web.core.errors import SessionBusy
@@ -41,6 +42,7 @@ from agentao_web.live import Live
 from agentao_web.live import LiveTurn
 from agentao_web.peers import Peers
 from agentao_web.questions import ANSWERED
+from agentao_web.readiness import Pulse
 from agentao_web.runner import COMMIT_TIMEOUT
 from agentao_web.runner import Agent
 from agentao_web.runner import Agents
@@ -192,9 +194,14 @@ class SessionPool:
         """Whether new turns are welcome here."""
         return not self._draining and self._books.given_up * 2 < self._caps.max_turns
 
+    @property
+    def pulse(self) -> Pulse | None:
+        """How this worker's heartbeat goes; None until it has begun."""
+        return self._peers.pulse if self._pid == os.getpid() else None
+
     def find(self, key: SessionKey) -> Live:
         """The session as it is now, in memory; NotFound if there is none."""
-        self._wake_up()
+        self.wake_up()
         live = self.peek(key)
         overslept = self._peers.overslept()
         if live is not None and live.owned and not overslept:
@@ -250,9 +257,9 @@ class SessionPool:
         """Accept a turn: its message is committed when this returns.
 
         Raises SessionBusy, TooManyTurns, TooManySessions, BudgetExhausted, IdempotencyConflict,
-        Draining, Forbidden or StoreUnavailable; then nothing has changed.
+        NoModel, Draining, Forbidden or StoreUnavailable; then nothing has changed.
         """
-        self._wake_up()
+        self.wake_up()
         self._check_alone(key.tenant)
         deadline = min(request.timeout or self._caps.turn_timeout, self._caps.turn_timeout)
         turn = Turn(uuid.uuid4().hex, request, self.clock(), deadline)
@@ -261,7 +268,7 @@ class SessionPool:
             return self._start(key, turn)
         except AlreadyAccepted as before:
             return self._join(key, before.turn_id)
-        except (SessionBusy, TooManyTurns, BudgetExhausted):
+        except (SessionBusy, TooManyTurns, BudgetExhausted, NoModel):
             # A repeated request is joined, also while its first one runs.
             joined = self._repeated(key, request)
             if joined is None:
@@ -477,7 +484,7 @@ class SessionPool:
 
     def cancel(self, key: SessionKey) -> int:
         """Stop the running turn and end the queued ones; how many that were."""
-        self._wake_up()
+        self.wake_up()
         # One that waits elsewhere would begin when ours ends: it has to be told before. If none
         # waits, ours need not wait for the store.
         mine = 0 if self._is_queued(key) else self._cancel_ours(key)
@@ -506,7 +513,7 @@ class SessionPool:
 
         Raises NotFound, InvalidRequest, or QuestionClosed if it was closed in another way.
         """
-        self._wake_up()
+        self.wake_up()
         question = self._runner.questions.answer(key, question_id, reply, by=by)
         live = self.peek(key)
         if live is not None and live.owned:
@@ -523,7 +530,7 @@ class SessionPool:
 
         It is then removed as soon as the turn has ended or was given up.
         """
-        self._wake_up()
+        self.wake_up()
         if not self.store.tombstone(key):
             return True
         until = time.monotonic() + timeout
@@ -573,8 +580,8 @@ class SessionPool:
 
     # -- time ----------------------------------------------------------------------------------
 
-    def _wake_up(self) -> None:
-        """Start the janitor, once per process and only in the one that serves."""
+    def wake_up(self) -> None:
+        """Begin the heartbeat and the janitor, once per process and only in the one that serves."""
         if self._pid == os.getpid():
             return
         with self._starting:
@@ -595,6 +602,8 @@ class SessionPool:
             self._janitor.start()
 
     def _watch_time(self) -> None:
+        # Often enough for a heartbeat that is never late: see agentao_web.readiness.
+        slow = min(_SLOW_TICK, self._caps.worker_lease / 10)
         while not self._closed.is_set():
             try:
                 self.tick(self.clock())
@@ -602,7 +611,7 @@ class SessionPool:
                 pass  # The store has said so in the log, and is asked again.
             except Exception:
                 self._log.exception("the janitor stumbled")
-            self._nudge.wait(_TICK if self._books.turns else _SLOW_TICK)
+            self._nudge.wait(_TICK if self._books.turns else slow)
             self._nudge.clear()
             if self._books.turns:
                 self._closed.wait(_TICK / 2)

@@ -13,6 +13,8 @@ import logging
 import re
 import secrets
 import socket
+import sys
+import threading
 import time
 import typing as t
 
@@ -35,6 +37,7 @@ from agentao_web.auth import identify
 from agentao_web.auth import ticket
 from agentao_web.config import Settings
 from agentao_web.core import trail
+from agentao_web.core.errors import Draining
 from agentao_web.core.errors import Forbidden
 from agentao_web.core.errors import InternalError
 from agentao_web.core.errors import InvalidRequest
@@ -47,6 +50,7 @@ from agentao_web.core.errors import Quota
 from agentao_web.core.errors import Unauthorized
 from agentao_web.core.errors import UnsupportedMediaType
 from agentao_web.core.errors import WebError
+from agentao_web.core.errors import WrongSchema
 from agentao_web.core.log import Event
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
@@ -60,6 +64,7 @@ from agentao_web.readers import Watcher
 from agentao_web.readers import ending
 from agentao_web.readers import poll
 from agentao_web.readers import stream
+from agentao_web.readiness import Readiness
 from agentao_web.sessions import SessionPool
 from agentao_web.sessions import Started
 from agentao_web.slots import Slot
@@ -93,6 +98,17 @@ _REQUEST_ID: t.Final = re.compile(r"[!-~](?:[ -~]{0,126}[!-~])?")
 _ID, _BEGAN = "agentao_web.request_id", "agentao_web.began"
 
 
+class Machinery(t.NamedTuple):
+    """What runs the turns of one application. Loading it takes a second."""
+
+    pool: SessionPool
+    readiness: Readiness
+    warm: cabc.Callable[[], None] = lambda: None
+    """Loads what the first turn would load."""
+    left: cabc.Callable[[], int] = lambda: 0
+    """How many calls of the host's tools run on past their deadline."""
+
+
 @dataclasses.dataclass
 class Parts:
     """What belongs to one application; hangs in ``app.extensions["agentao_web"]``."""
@@ -100,20 +116,50 @@ class Parts:
     settings: Settings
     authenticate: Authenticate
     tickets: Tickets
-    pool: SessionPool
+    build: cabc.Callable[[], Machinery]
+    """Called once, by whoever needs the machinery first: a command of the host's does not."""
     watcher: Watcher
     slots: StreamSlots = dataclasses.field(default_factory=StreamSlots)
     wires: tuple[Wire, ...] = ()
     """Streams of the host's own making."""
     own_login: bool = False
     """Requests are identified by the host, not by tokens of ours."""
-    warm: cabc.Callable[[], None] = lambda: None
-    """Loads what the first turn would load."""
-    left: cabc.Callable[[], int] = lambda: 0
-    """How many calls of the host's tools run on past their deadline."""
+    own_agents: bool = False
+    """The host builds its agents, so no model has to be named."""
     observer: Observer = dataclasses.field(default_factory=Observer)
     scrape: cabc.Callable[[str], tuple[bytes, str]] | None = None
     """The numbers of all workers in the form that an ``Accept`` asks for, and its name."""
+    built: Machinery | None = None
+    _building: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    @property
+    def machinery(self) -> Machinery:
+        """What runs the turns, built by the first who asks."""
+        if self.built is None:
+            with self._building:
+                if self.built is None:
+                    self.built = self.build()
+        return self.built
+
+    @property
+    def pool(self) -> SessionPool:
+        """The sessions of this worker."""
+        return self.machinery.pool
+
+    def shut_down(self, grace: float | None) -> None:
+        """End every turn within *grace* seconds, if there ever was one; none begins from now on."""
+        with self._building:
+            if self.built is None:
+                self.build = _too_late
+        if self.built is not None:
+            self.built.pool.drain(grace)
+        else:
+            self.observer.close()
+        self.watcher.close()
+
+
+def _too_late() -> Machinery:
+    raise Draining
 
 
 ROUTES: list[openapi.Route] = []
@@ -151,10 +197,24 @@ def blueprint(settings: Settings) -> Blueprint:
         bp.register_error_handler(code, _http_error)
     bp.register_error_handler(WebError, _web_error)
     bp.register_error_handler(Exception, _unexpected)
+    bp.url_value_preprocessor(_spare_csrf_protection)
     bp.before_request(begin_request)
     bp.after_request(name_request)
     bp.teardown_request(lambda exc: trail.leave())
     return bp
+
+
+def _spare_csrf_protection(endpoint: str | None, values: dict[str, t.Any] | None) -> None:
+    """Exempt our routes from Flask-WTF's CSRFProtect, which expects a form's token in a POST.
+
+    They lose nothing by it: auth.identify refuses what another site's page sends with a cookie.
+    Here and not in init_app: Flask runs this for our routes only, and before any before_request
+    function, so it does not matter which extension the host set up first.
+    """
+    flask_wtf = sys.modules.get("flask_wtf.csrf")
+    csrf = current_app.extensions.get("csrf")
+    if flask_wtf is not None and isinstance(csrf, flask_wtf.CSRFProtect):
+        csrf.exempt(current_app.blueprints[NAME])
 
 
 def _guarded(entry: openapi.Route) -> View:
@@ -285,7 +345,7 @@ def answer(parts: Parts, key: SessionKey) -> Response:
 def events(parts: Parts, key: SessionKey) -> Response:
     query = request.args
     after = requests.cursor(query.get("after"), "after")
-    wait = requests.number(query.get("wait"), "wait", least=0, most=requests.MAX_WAIT)
+    wait = requests.wait(query.get("wait"))
     limit = requests.number(query.get("limit"), "limit", least=1, most=_MAX_LIMIT)
     follow = requests.flag(query.get("follow"), "follow")
     if (wire := _wire(parts, default=False)) is not None:
@@ -455,11 +515,21 @@ def healthz(parts: Parts) -> Response:
     return jsonify(ok=True)
 
 
-@route("GET", "/readyz", "Ready for new turns", public=True, responses={200: "Ok", 503: "Ok"})
+@route(
+    "GET",
+    "/readyz",
+    "Whether new turns are taken, and if not, why",
+    public=True,
+    responses={200: "Ok", 503: "NotReady"},
+)
 def readyz(parts: Parts) -> Response:
-    ready = parts.pool.ready
-    response = jsonify(ok=ready)
-    response.status_code = 200 if ready else 503
+    why = parts.machinery.readiness.why_not()
+    if why is None:
+        return jsonify(ok=True)
+    response = _in_order({"ok": False, **why.as_dict()})
+    response.status_code = why.status
+    if why.retry_after is not None:
+        response.headers["Retry-After"] = str(why.retry_after)
     return response
 
 
@@ -793,6 +863,8 @@ def _nothing(status: int) -> Response:
 
 def _web_error(error: WebError) -> Response:
     _count_refusal(error)
+    if isinstance(error, WrongSchema):
+        _log.error("%s", error.message)
     response = jsonify(error.as_dict())
     response.status_code = error.status
     if error.retry_after is not None:
@@ -830,9 +902,32 @@ def _http_error(error: HTTPException) -> t.Any:
         return _web_error(PayloadTooLarge(limit=request.max_content_length))
     if code >= 500:
         return _unexpected(error)
-    response = _web_error(_BY_STATUS.get(code, InvalidRequest)())
+    known = _BY_STATUS.get(code, InvalidRequest)
+    response = _web_error(_by_the_host(known, error) if _is_the_hosts() else known())
     response.status_code = code
     return response
+
+
+def _is_the_hosts() -> bool:
+    """Whether a before_request function of the host refused a request of ours.
+
+    The host's functions run before begin_request, which is our blueprint's first.
+    """
+    return request.blueprint == NAME and _BEGAN not in request.environ
+
+
+def _by_the_host(known: type[WebError], error: HTTPException) -> WebError:
+    """The host's refusal in our form, with its own words; a line in the log says whose it is."""
+    _log.warning(
+        "a before_request function of the application answered %s (%s) to %s %s, which never "
+        "reached agentao-web: see docs/embed.md, Cookies and Origin",
+        error.code,
+        type(error).__name__,
+        request.method,
+        request.url_rule,
+    )
+    message = f"The application refused this request before agentao-web saw it: {error.description}"
+    return known(message, refused_by="application")
 
 
 def _unexpected(error: Exception) -> Response:

@@ -49,10 +49,16 @@ _MARGIN: t.Final = 10
 _QUICK_GRACE: t.Final = 1.0
 
 # One worker, one address.
-on_starting = addresses.on_starting
 nworkers_changed = addresses.nworkers_changed
 pre_fork = addresses.pre_fork
 post_fork = addresses.post_fork
+
+
+def on_starting(server: t.Any) -> None:
+    """Claim the sockets; with ``--preload``, import here once what every worker needs."""
+    addresses.on_starting(server)
+    if server.cfg.preload_app:
+        extension.load()
 
 
 def told(environ: cabc.Mapping[str, str] = os.environ) -> dict[str, int]:

@@ -13,7 +13,6 @@ import typing as t
 from pathlib import Path
 
 from agentao.cancellation import CancellationToken
-from agentao.embedding.factory import discover_llm_kwargs
 
 from agentao_web.agents import guards
 from agentao_web.agents import sandbox
@@ -25,6 +24,7 @@ from agentao_web.agents.budget import Metered
 from agentao_web.agents.budget import Purse
 from agentao_web.agents.build import build_agent
 from agentao_web.agents.build import close_agent
+from agentao_web.agents.early import model
 from agentao_web.agents.mcp import Server
 from agentao_web.agents.mcp import read_servers
 from agentao_web.agents.memory import open_memory
@@ -40,6 +40,7 @@ from agentao_web.agents.tools import HostTool
 from agentao_web.agents.tools import HostTools
 from agentao_web.agents.tools import ToolsFor
 from agentao_web.agents.workspaces import Workspaces
+from agentao_web.core.errors import NoModel
 from agentao_web.core.history import History
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
@@ -125,8 +126,8 @@ class AgentaoAgents:
     have; both are asked whenever one is built. *context* is entered around the host's functions.
     *shells* are those the rules may say, as far as that is known; *alone* tells whether the server
     has one tenant only. The tokens of the day come out of *purse*.
-    Raises RuntimeError at once if there is neither a model nor a host's own *factory*, and if the
-    operator's MCP servers or skills cannot be used, or one of *shells* does not work here.
+    Raises RuntimeError at once if the operator's MCP servers or skills cannot be used, or one of
+    *shells* does not work here. Without a model only turns are refused (``check``).
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class AgentaoAgents:
         self._log = log
         self._lock = threading.Lock()
         self._models: ModelPool | None = None
-        self._llm: dict[str, t.Any] = {}
+        self._llm: dict[str, t.Any] | None = {}
         self._servers: dict[str, Server] = {}
         self._skills: dict[str, Skill] = {}
         self._leaving: set[Servers] = set()
@@ -167,7 +168,19 @@ class AgentaoAgents:
         if factory is None and "sandbox" in shells:
             sandbox.check(options.root)
         if factory is None and not options.demo:
-            self._llm = model(environ)
+            self._llm = self._named_model()
+
+    def check(self) -> None:
+        """NoModel if there is nothing to ask: a turn must not begin then."""
+        if self._llm is None:
+            raise NoModel
+
+    def _named_model(self) -> dict[str, t.Any] | None:
+        try:
+            return model(self._environ)
+        except RuntimeError as exc:
+            self._log.warning("%s Until then every turn is refused (no_model).", exc)
+            return None
 
     def build(self, key: SessionKey, history: History) -> AgentaoAgent:
         guards.install()
@@ -217,6 +230,8 @@ class AgentaoAgents:
 
     def warm(self) -> None:
         """Load what the first agent would load: the SDK, which takes most of a second."""
+        import agentao.host.projection  # noqa: F401  The first turn would import it.
+
         guards.install()
         if self._llm:
             self._pool().client(logger=self._log, **self._llm)
@@ -249,7 +264,8 @@ class AgentaoAgents:
             client: t.Any = _MeteredDemo(logger=quiet)
             client.meter = meter
         else:
-            client = self._pool().client(logger=self._log, meter=meter, **self._llm)
+            self.check()
+            client = self._pool().client(logger=self._log, meter=meter, **(self._llm or {}))
         file = self.workspaces.memory(key) if self._options.memory else None
         quota = Quota(
             workspace,
@@ -365,29 +381,6 @@ def _servers(
             "install setpriv (util-linux)"
         )
     return read_servers(file, environ, call_timeout=call_timeout)
-
-
-def model(environ: cabc.Mapping[str, str]) -> dict[str, t.Any]:
-    """The model the environment names, in Agentao's own words for it."""
-    try:
-        found = discover_llm_kwargs(env=environ)
-    except ValueError as exc:
-        raise RuntimeError(f"{exc} {_CURE}") from None
-    provider = environ.get("LLM_PROVIDER", "OPENAI").strip().upper() or "OPENAI"
-    missing = [
-        f"{provider}_{name.upper()}"
-        for name in ("api_key", "base_url", "model")
-        if not found.get(name)
-    ]
-    if missing:
-        raise RuntimeError(f"no model: {', '.join(missing)} not set. {_CURE}")
-    return dict(found)
-
-
-_CURE: t.Final = (
-    "Set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL (or another LLM_PROVIDER's), "
-    "or AGENTAO_DEMO=1 for the offline demo model."
-)
 
 
 def _quiet_logger() -> logging.Logger:

@@ -10,7 +10,7 @@ import typing as t
 from pathlib import Path
 
 from agentao_web.agents import sandbox as bubblewrap
-from agentao_web.agents.factory import model
+from agentao_web.agents.early import model
 from agentao_web.agents.mcp import read_servers
 from agentao_web.agents.model.plain import NotAnAnswer
 from agentao_web.agents.model.pool import ModelPool

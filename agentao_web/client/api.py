@@ -27,6 +27,8 @@ Token = str | cabc.Callable[[], str]
 
 #: The first and the longest pause before trying again, in seconds.
 _PAUSE, _LONGEST_PAUSE = 0.2, 5.0
+#: Seconds until a server that never answered is given up: it may just be starting.
+_FIRST: t.Final = 5.0
 #: The most an answer, or one event, may weigh, in bytes or characters.
 MOST: t.Final = 2**26
 #: What the fields of answers are.
@@ -42,8 +44,11 @@ _log = logging.getLogger("agentao_web.client")
 class Patience:
     """How long nothing may get through before it is given up."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, known: cabc.Callable[[], bool] = lambda: True) -> None:
+        """*known*: whether the server has ever answered. One that goes away comes back; where
+        nobody listens at the first try the URL is wrong, or the server was not started."""
         self._seconds = seconds
+        self._known = known
         self._until = 0.0
         self._failures = 0
 
@@ -59,6 +64,9 @@ class Patience:
         if not self._failures:
             # From here on it is counted: a stream may have been quiet, and well, for long before.
             self._until = time.monotonic() + self._seconds
+        nowhere = _nobody_there(cause) and not self._known()
+        if nowhere and not self._failures:
+            self._until = min(self._until, time.monotonic() + _FIRST)
         wait = min(_LONGEST_PAUSE, _PAUSE * 2**self._failures) * random.uniform(0.5, 1)
         # Whatever the server says: without any pause it would be asked without end.
         wait = wait if hint is None else max(hint, _PAUSE)
@@ -66,12 +74,24 @@ class Patience:
         if time.monotonic() + wait > self._until:
             if isinstance(cause, ClientError):
                 raise cause
+            happened = f"nothing got through for {self._seconds:g} seconds, at last"
+            if nowhere and isinstance(cause, httpx.RequestError):
+                happened = f"no server answers at {_origin(cause.request.url)}"
             raise ConnectionLost(
-                f"nothing got through for {self._seconds:g} seconds, at last: {_words(cause)}. "
-                "Is the server running, and the URL right?"
+                f"{happened}: {_words(cause)}. Is the server running, and the URL right?"
             ) from cause
         _log.info("trying again in %.1f s: %s", wait, _words(cause))
         time.sleep(wait)
+
+
+def _nobody_there(cause: Exception) -> bool:
+    """Whether no connection came about at all: refused, unknown, not trusted, or unanswered."""
+    return isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout)
+
+
+def _origin(url: httpx.URL) -> str:
+    """The server's address without a path, and without a password that may stand in it."""
+    return f"{url.scheme}://{url.netloc.decode('ascii', 'replace')}"
 
 
 def _words(cause: Exception) -> str:
@@ -106,10 +126,16 @@ class Api:
         self.timeout = timeout
         self.silence = silence
         self.patience = patience
+        self.known = False
+        """The server has answered something before."""
+
+    def waiting(self) -> Patience:
+        """A fresh patience with this server."""
+        return Patience(self.patience, lambda: self.known)
 
     def call(self, method: str, path: str, **request: t.Any) -> dict[str, t.Any]:
         """The JSON object this harmless-twice request is answered with; tried again over drops."""
-        patience = Patience(self.patience)
+        patience = self.waiting()
         while True:
             try:
                 return self.once(method, path, **request)[1]
@@ -177,6 +203,7 @@ class Api:
                 timeout=limits,
             )
             response = self._http.send(request, stream=True, follow_redirects=False)
+            self.known = True
             try:
                 if response.status_code == 401 and self._renew(bearer):
                     continue

@@ -158,10 +158,14 @@ def _seconds(value: str | None) -> float | None:
     return float(value) if value and value.isascii() and value.isdigit() else None
 
 
+#: Refusals that last until somebody changes the server.
+_LASTING: t.Final = frozenset({"no_model", "wrong_schema"})
+
+
 def passes(error: ApiError) -> bool:
     """Whether the same request may well be taken in a moment."""
     if error.code == "session_busy":
         return error.details.get("reason") == "deleting"
     if isinstance(error, TooMany):
         return error.code in ("too_many_turns", "http_error")
-    return isinstance(error, Unavailable)
+    return isinstance(error, Unavailable) and error.code not in _LASTING

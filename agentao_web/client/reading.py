@@ -81,7 +81,7 @@ class Reading:
 
     def events(self) -> cabc.Iterator[Event]:
         """The events from here on, over any drop that is shorter than the client's patience."""
-        patience = Patience(self._api.patience)
+        patience = self._api.waiting()
         while not self.over:
             self._hint, self._idle, self._alive = None, False, False
             news, before = False, self.cursor

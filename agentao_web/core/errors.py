@@ -182,6 +182,20 @@ class StoreUnavailable(WebError):
     retry_after = 2
 
 
+class WrongSchema(WebError, RuntimeError):
+    """The database was written by another version of agentao-web."""
+
+    status = 503
+    code = "wrong_schema"
+
+
+class NoModel(WebError):
+    """No model is set up on this server, so no turn can start; its log says how to name one."""
+
+    status = 503
+    code = "no_model"
+
+
 class ClaimLost(Exception):
     """The session was taken over by another worker: write nothing, send nothing more."""
 

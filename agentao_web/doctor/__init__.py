@@ -10,6 +10,9 @@ import collections.abc as cabc
 import dataclasses
 import typing as t
 
+#: What is said to the server: the demo model talks for two seconds, any other for about as long.
+MESSAGE: t.Final = "count to 60"
+
 Level = t.Literal["ok", "hint", "wrong"]
 
 

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from agentao_web.agents import trial
 from agentao_web.config import Settings
 from agentao_web.config import shells
-from agentao_web.core.errors import WebError
+from agentao_web.core.errors import StoreUnavailable
 from agentao_web.doctor import Finding
 from agentao_web.doctor import hint
 from agentao_web.doctor import ok
@@ -255,7 +255,7 @@ def _commits(settings: Settings, url: str | Path) -> Findings:
         with contextlib.closing(store):
             yield ok("store", store.check())
             took, apart = _commit_time(store), store.clock() - time.time()
-    except WebError as exc:
+    except StoreUnavailable as exc:
         where = "AGENTAO_DATABASE_URL" if settings.database_url else "AGENTAO_ROOT"
         cure = f"is {where} right, does it run, may this user write there?"
         yield wrong("store", f"cannot be opened or written: {exc.message}", cure)

@@ -20,6 +20,7 @@ import typing as t
 
 import httpx2
 
+from agentao_web.doctor import MESSAGE
 from agentao_web.doctor import Finding
 from agentao_web.doctor import hint
 from agentao_web.doctor import ok
@@ -30,10 +31,10 @@ Findings = cabc.Iterator[Finding]
 
 #: Asked for with a header, so that nobody else is told.
 ASKING, WORKER = "X-Agentao-Doctor", "X-Agentao-Worker"
-#: What makes the demo model talk for two seconds, and any other for about as long.
-MESSAGE: t.Final = "count to 60"
 #: What takes the demo model a minute, if nobody stops it.
 _LONG_MESSAGE: t.Final = "take 60 seconds"
+#: Seconds the longest long-poll waits: less than the 60 s after which proxies give up.
+WAIT: t.Final = 55
 #: Seconds until a stream has begun.
 _SOON: t.Final = 5.0
 #: Seconds a turn may go on after the grace, and between two looks at it.
@@ -67,7 +68,7 @@ class Site:
     """Seconds of silence to sit through: more than AGENTAO_HEARTBEAT there."""
     grace: float = 10.0
     """AGENTAO_DISCONNECT_GRACE there."""
-    wait: int = 60
+    wait: int = WAIT
     """Seconds a long-poll is tried for."""
     message: str = MESSAGE
     metrics_token: str | None = dataclasses.field(default=None, repr=False)
@@ -108,8 +109,8 @@ class Visit:
 
 def examine(site: Site) -> Findings:
     """Everything there is to say; begins with whether there is a server at all."""
-    visit = Visit(site)
     try:
+        visit = Visit(site)
         with contextlib.closing(visit.http):
             try:
                 yield from _reach(visit)
@@ -259,6 +260,8 @@ class _Heard:
     response: httpx2.Response
     events: list[tuple[float, dict[str, t.Any]]] = dataclasses.field(default_factory=list)
     broken: bool = False
+    body: bytes = b""
+    """What came in place of a stream."""
 
 
 def _listen(visit: Visit) -> _Heard:
@@ -269,6 +272,9 @@ def _listen(visit: Visit) -> _Heard:
     heard, rest = _Heard(response), b""
     with contextlib.closing(response):
         try:
+            if response.status_code != 200:
+                heard.body = response.read()
+                return heard
             for chunk in response.iter_bytes():
                 *frames, rest = (rest + chunk).split(b"\n\n")
                 heard.events += [(time.time(), event) for event in map(_event, frames) if event]
@@ -290,8 +296,7 @@ def _stream(visit: Visit) -> Findings:
     heard = _listen(visit)
     response = heard.response
     if response.status_code != 200:
-        cure = "ask again later" if response.status_code in (429, 503) else "is POST let through?"
-        yield wrong("stream", f"POST /chat/… answers {response.status_code}", cure)
+        yield _refused(response, heard.body)
         return
     numbers = [event["seq"] for _, event in heard.events if isinstance(event.get("seq"), int)]
     visit.cursor = max(numbers, default=0)
@@ -308,6 +313,39 @@ def _stream(visit: Visit) -> Findings:
         code = next(e["error"]["code"] for _, e in heard.events if e.get("type") == "error")
         yield wrong("stream", f"the turn ended with {code}", "look into the server's log")
     yield from _flow(heard)
+
+
+def _refused(response: httpx2.Response, body: bytes) -> Finding:
+    """Who refused a POST: the server, the application around it, or the proxy before both."""
+    told: t.Any = None
+    with contextlib.suppress(ValueError):
+        told = json.loads(body)
+    answer = told if isinstance(told, dict) else {}
+    details = answer.get("details")
+    answered = f"POST /chat/… answers {response.status_code}"
+    if isinstance(details, dict) and details.get("refused_by") == "application":
+        return wrong(
+            "stream",
+            f"{answered}, from a before_request function of the application: {answer['message']}",
+            'leave out our routes there, such as `if request.blueprint != "agentao"`; see '
+            "docs/embed.md, Cookies and Origin",
+        )
+    if "code" in answer:
+        if response.status_code in (429, 503):
+            cure = "ask again later"
+        elif response.status_code == 403:
+            cure = "a login by cookie needs --header 'Origin: …' too"
+        else:
+            cure = "look into the server's log, at its X-Request-Id"
+        return wrong("stream", f"{answered}: {answer.get('message')}", cure)
+    if "x-request-id" in response.headers:
+        return wrong(
+            "stream",
+            f"{answered}, and not in our form: the application's own code answers for our route",
+            "look for a before_request function that returns a page or a redirect, and leave out "
+            'our routes there: `if request.blueprint != "agentao"`',
+        )
+    return wrong("stream", answered, "nginx: is POST let through?")
 
 
 def _headers(response: httpx2.Response) -> Findings:
@@ -452,7 +490,7 @@ def _waiting(visit: Visit) -> Findings:
             "timeout",
             f"the proxy ended a long-poll of {wait} s after {took:.0f} s",
             "nginx: `proxy_read_timeout 90s;` where it says `proxy_pass`: long-polls wait up to "
-            "60 s",
+            f"{WAIT} s",
         )
     else:
         yield wrong("timeout", f"a long-poll answers {status}")

@@ -23,6 +23,33 @@ from agentao_web.core.turn import Outcome
 LEFT: t.Final = "left_queue"
 
 
+#: What a database URL may begin with -> what SQLAlchemy calls it.
+DRIVERS: t.Final = {
+    "postgres": "postgresql+psycopg",
+    "postgresql": "postgresql+psycopg",
+    "postgresql+psycopg": "postgresql+psycopg",
+    "sqlite": "sqlite+pysqlite",
+    "sqlite+pysqlite": "sqlite+pysqlite",
+}
+
+
+def check_url(url: str) -> None:
+    """RuntimeError, with the cure, for a database URL that no store of ours takes.
+
+    It needs no database and no SQLAlchemy, so that init_app can ask it.
+    """
+    name, colon, rest = url.partition("://")
+    if url.startswith("memory:"):
+        return
+    if not colon or not name:
+        raise RuntimeError("the database URL cannot be read. Is it a URL?")
+    if name not in DRIVERS:
+        raise RuntimeError(f"no store for {name}: use sqlite:///path or postgresql://…")
+    file = rest.partition("?")[0].partition("/")[2]
+    if name.startswith("sqlite") and file in ("", ":memory:"):
+        raise RuntimeError("an SQLite database needs a path: sqlite:////srv/agentao/web.db")
+
+
 @dataclasses.dataclass(frozen=True)
 class TurnRow:
     """A turn as it is written before anyone is told about it."""

@@ -22,6 +22,9 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 
 from agentao_web.core.errors import StoreUnavailable
+from agentao_web.core.errors import WrongSchema
+from agentao_web.store import DRIVERS
+from agentao_web.store import check_url
 from agentao_web.store import tables
 
 _LOG = logging.getLogger(__name__)
@@ -243,18 +246,12 @@ def _checked(url: str | Path) -> sa.URL:
     if isinstance(url, Path):
         # As it is: in a URL, "%20" or "?" would not be a part of the name.
         return sa.URL.create("sqlite", database=str(url))
+    check_url(url)
     try:
         parsed = sa.make_url(url)
-    except exc.ArgumentError:
+    except (exc.ArgumentError, ValueError):
         raise RuntimeError("the database URL cannot be read. Is it a URL?") from None
-    name = parsed.drivername
-    if name in {"postgres", "postgresql", "postgresql+psycopg"}:
-        return parsed.set(drivername="postgresql+psycopg")
-    if name not in {"sqlite", "sqlite+pysqlite"}:
-        raise RuntimeError(f"no store for {name}: use sqlite:///path or postgresql://…")
-    if not parsed.database or parsed.database == ":memory:":
-        raise RuntimeError("an SQLite database needs a path: sqlite:////srv/agentao/web.db")
-    return parsed
+    return parsed.set(drivername=DRIVERS[parsed.drivername])
 
 
 def _path(url: sa.URL) -> Path:
@@ -389,7 +386,7 @@ def _ensure_schema(kinds: cabc.Mapping[str, sa.Engine]) -> None:
         with kinds["boundary"].begin() as connection:
             version = _create_schema(connection)
     if version != tables.SCHEMA:
-        raise RuntimeError(
+        raise WrongSchema(
             f"the database has schema {version}, this agentao-web knows {tables.SCHEMA}:"
             " install the agentao-web that wrote it, or use another AGENTAO_DATABASE_URL"
         )

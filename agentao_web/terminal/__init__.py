@@ -10,13 +10,8 @@ import typing as t
 
 import click
 
-from agentao_web.client import Client
-from agentao_web.client import ClientError
-from agentao_web.client import NotFound
-from agentao_web.client import Unauthorized
-from agentao_web.terminal.screen import line
-from agentao_web.terminal.talk import STOPPED
-from agentao_web.terminal.talk import Talk
+if t.TYPE_CHECKING:
+    from agentao_web.client import Client
 
 #: The demo's token, as every demo server takes it.
 _DEMO_TOKEN: t.Final = "dev"
@@ -76,6 +71,14 @@ def chat(
     It ends with 0 if the turn completed, 1 if not, 2 for wrong options,
     and 130 if it was stopped by Ctrl-C or a cancel.
     """
+    # Not above: every other command would pay for the HTTP client.
+    from agentao_web.client import Client
+    from agentao_web.client import ClientError
+    from agentao_web.client import Unauthorized
+    from agentao_web.terminal.screen import line
+    from agentao_web.terminal.talk import STOPPED
+    from agentao_web.terminal.talk import Talk
+
     terminal = sys.stdin.isatty()
     talks = message is None and terminal and not as_json
     if not talks:
@@ -120,12 +123,12 @@ def chat(
     except BrokenPipeError:
         raise  # Whoever read it has enough; click ends quietly.
     except (OSError, ValueError) as exc:
-        _give_up_output()
+        give_up_output()
         kind = click.UsageError if isinstance(exc, ValueError) else click.ClickException
         raise kind(line(str(exc))) from None
 
 
-def _give_up_output() -> None:
+def give_up_output() -> None:
     """What could not be written is not tried again at the end: that would change the exit code."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -146,6 +149,8 @@ def _message(given: str | None) -> str:
 
 def _greet(client: Client, session: str) -> None:
     """Find out soon whether the server is there and takes us."""
+    from agentao_web.client import NotFound
+
     try:
         client.session(session)
     except NotFound as exc:

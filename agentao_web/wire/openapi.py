@@ -11,6 +11,7 @@ from agentao_web.core.errors import FAILURES
 from agentao_web.core.question import OUTCOMES
 from agentao_web.core.turn import STOP_REASONS
 from agentao_web.core.turn import State
+from agentao_web.wire.requests import MAX_WAIT
 
 Schema = dict[str, t.Any]
 
@@ -316,6 +317,13 @@ SCHEMAS: t.Final[dict[str, Schema]] = {
         cursor=_INTEGER,
         state=_enum("idle", "running", "waiting"),
     ),
+    "NotReady": _object(
+        "ok code message details",
+        ok={"const": False},
+        code=_STRING,
+        message=_STRING,
+        details={"type": "object"},
+    ),
     "Cancelled": _object("ok cancelled", ok=_BOOLEAN, cancelled=_INTEGER),
     "Deleted": _object("ok", ok=_BOOLEAN, pending=_BOOLEAN),
     "Session": _object(
@@ -388,7 +396,7 @@ _PARAMETERS: t.Final[dict[str, Schema]] = {
     },
     "after": _query("after", "The cursor: the last seq (or id) already seen", _INTEGER),
     "before": _query("before", "Entries older than this id", _INTEGER),
-    "wait": _query("wait", "Seconds to wait; 25 unless told", {**_INTEGER, "maximum": 60}),
+    "wait": _query("wait", f"Seconds to wait, {MAX_WAIT} at most; 25 by default", _INTEGER),
     "limit": _query("limit", "Events at most", {"type": "integer", "minimum": 1, "maximum": 1000}),
     "page_limit": _query(
         "limit", "Entries at most", {"type": "integer", "minimum": 1, "maximum": 200}
@@ -400,7 +408,8 @@ _PARAMETERS: t.Final[dict[str, Schema]] = {
     "Prefer": {
         "name": "Prefer",
         "in": "header",
-        "description": "wait=N: with application/json, wait up to N (60) seconds for the end",
+        "description": f"wait=N: with application/json, wait up to N seconds ({MAX_WAIT} at most) "
+        "for the end",
         "schema": _STRING,
     },
     "Idempotency-Key": {

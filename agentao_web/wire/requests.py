@@ -29,7 +29,8 @@ _IMAGES: t.Final = {
 #: RFC 7240, section 4.3.
 _WAIT = re.compile(r'(?:^|[,;\s])wait\s*=\s*"?(\d{1,9})"?\s*(?:[,;]|$)')
 _INTEGER = re.compile(r"\d{1,16}")
-MAX_WAIT: t.Final = 60
+#: Below the 60 seconds after which nginx and others give up on an answer, unless told otherwise.
+MAX_WAIT: t.Final = 55
 MAX_TITLE: t.Final = 200
 _KEY = re.compile(r"[!-~]{1,255}")
 _MISSING: t.Final = object()
@@ -248,8 +249,14 @@ def flag(value: str | None, name: str) -> bool:
     return bool(number(value, name, least=0, most=1))
 
 
+def wait(value: str | None) -> int | None:
+    """Seconds of ``?wait=N``; a longer wish is cut down to MAX_WAIT."""
+    found = number(value, "wait", least=0, most=MAX_SEQ)
+    return None if found is None else min(found, MAX_WAIT)
+
+
 def preferred_wait(header: str | None) -> int | None:
-    """Seconds of ``Prefer: wait=N`` (RFC 7240), at most 60; a preference not understood is none."""
+    """Seconds of ``Prefer: wait=N`` (RFC 7240), at most MAX_WAIT; one not understood is none."""
     found = _WAIT.search(header or "")
     return min(int(found[1]), MAX_WAIT) if found else None
 

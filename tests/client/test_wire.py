@@ -268,6 +268,8 @@ def test_what_passes_is_tried_again_with_the_same_key(
         (lambda: refused(429, "too_many_sessions"), api.TooMany, "too_many_sessions"),
         (lambda: refused(400, "invalid_request"), api.InvalidRequest, "It is invalid_request"),
         (lambda: refused(403, "forbidden"), api.Forbidden, "403"),
+        (lambda: refused(503, "no_model"), api.Unavailable, "It is no_model"),
+        (lambda: refused(503, "wrong_schema"), api.Unavailable, "It is wrong_schema"),
         (lambda: refused(500, "internal_error"), api.ApiError, "500 internal_error"),
         (lambda: refused(409, "idempotency_conflict"), api.ApiError, "409"),
         (lambda: httpx.Response(404, html="<h1>nginx</h1>"), api.NotOurs, "Is the URL right"),

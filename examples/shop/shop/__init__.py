@@ -31,11 +31,10 @@ def create_app(agents: t.Any = None, **config: t.Any) -> Flask:
     app.config.update(config)
     models.init_app(app)
     views.init_app(app)
-    csrf = CSRFProtect(app)
+    # For the forms. The agent's POSTs carry none: agentao-web protects these itself.
+    CSRFProtect(app)
     web = AgentaoWeb(authenticate=agent.who_is_it, tools=agent.tools_for, agents=agents)
     web.init_app(app, url_prefix=agent.PREFIX)
-    # Its POSTs carry no form, so no form's token: it looks at Origin and Sec-Fetch-Site instead.
-    csrf.exempt(app.blueprints["agentao"])
     return app
 
 
