@@ -44,6 +44,7 @@ class Reader:
         *,
         turn: LiveTurn | None = None,
         turn_id: str | None = None,
+        ended: Event | None = None,
         watcher: Watcher | None = None,
         sock: socket.socket | None = None,
         dismissed: cabc.Callable[[], bool] = lambda: False,
@@ -61,6 +62,8 @@ class Reader:
         """It was shown the end: its turn's last event, or the session's farewell."""
         self.final: Event | None = None
         """That last event."""
+        self._ended = ended
+        """The turn's last event, if it had ended before and is not one of ours."""
         self.saw_idle = True
         """The session was idle when it was last asked for that."""
         self._asked: set[str] = set()
@@ -164,11 +167,10 @@ class Reader:
 
     def _look_for_the_end(self) -> None:
         """The turn's last event may be gone from the log: pruned, or read before this reader."""
-        if self.turn is not None:
-            final = self.turn.final
-            if final is not None and self.cursor is not None:
-                self.told, self.final = self.cursor >= (final.seq or 0), final
-        elif self.caught_up:
+        final = self.turn.final if self.turn is not None else self._ended
+        if final is not None and self.cursor is not None:
+            self.told, self.final = self.cursor >= (final.seq or 0), final
+        elif self.turn is None and self.caught_up:
             self.told = True
 
     def _tell(self, final: Event) -> list[Event]:

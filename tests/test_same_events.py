@@ -89,7 +89,7 @@ def by_stream(probe: Probe, chance: random.Random, last: threading.Event) -> See
                 if "data: " not in frame:
                     continue
                 body = json.loads(frame.split("data: ", 1)[1])
-                cursor = int(frame.split("\n")[0].removeprefix("id: "))
+                cursor = int(frame.split("\n")[-1].removeprefix("id: "))
                 assert cursor == body["seq"]
                 extra = {k: body[k] for k in ("reply", "error") if k in body}
                 event = Event(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc as cabc
 import contextlib
 import dataclasses
+import re
 import select
 import socket
 import struct
@@ -26,6 +27,8 @@ class Fault:
     ]
     after: int = 0
     """So many bytes of the answers (of the requests, for ``cut_request``) go through before it."""
+    behind: bytes = b""
+    """A regular expression: bytes of the answers are counted from the end of its first match."""
 
 
 class Proxy:
@@ -80,6 +83,7 @@ class Proxy:
     def _carry(self, client: socket.socket, server: socket.socket, fault: Fault) -> None:
         asked = told = 0
         held = b""
+        after = None if fault.behind else fault.after
         while not self._ends.is_set():
             for sock in select.select([client, server], [], [], _LOOK)[0]:
                 data = sock.recv(_PIECE)
@@ -105,8 +109,13 @@ class Proxy:
                     continue
                 if not data:
                     return
-                if fault.kind in ("cut", "reset", "stall") and told + len(data) > fault.after:
-                    client.sendall(data[: fault.after - told])
+                if after is None:
+                    held += data
+                    if (match := re.search(fault.behind, held)) is not None:
+                        after = match.end() + fault.after
+                cuts = fault.kind in ("cut", "reset", "stall") and after is not None
+                if cuts and told + len(data) > after:
+                    client.sendall(data[: after - told])
                     if fault.kind == "stall":
                         self._until_closed(client)
                     if fault.kind == "reset":
