@@ -133,7 +133,7 @@ class Reader:
         unstored = self._unstored()
         events = self._advance(limit, max_bytes)
         if self.turn_id is not None:
-            events = [e for e in events if e.turn_id == self.turn_id or e.type == "gap"]
+            events = [e for e in events if e.turn_id == self.turn_id or _is_gap(e)]
             if self.turn is None:
                 self._look_for_questions(events)
             if events and events[-1].type in ENDS:
@@ -142,9 +142,9 @@ class Reader:
             # Never stored: shown once the reader has all that was.
             if self.cursor is None or self.cursor >= self.live.shown:
                 events += self._tell(unstored)
-        elif not events and self.turn_id is not None and not self.told:
+        elif self.turn_id is not None and not self.told and (not events or _is_gap(events[-1])):
             self._look_for_the_end()
-        if events and events[0].type == "gap":
+        if events and _is_gap(events[0]):
             events[0] = dataclasses.replace(events[0], ts=self.live.clock())
         return joined(events)
 
@@ -202,6 +202,10 @@ class Reader:
     def _on_close(self) -> None:
         self.left = True
         self.live.wake()
+
+
+def _is_gap(event: Event) -> bool:
+    return event.type == "gap"
 
 
 class Dialect(t.Protocol):

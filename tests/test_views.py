@@ -461,7 +461,11 @@ def test_messages_are_paged_both_ways(web: Make) -> None:
     assert [m["id"] for m in older["messages"]] == [3, 4]
     onward = w.get("/session/s/messages?limit=2&after=4").json
     assert ([m["id"] for m in onward["messages"]], onward["more"]) == ([5, 6], False)
-    assert_error(w.get("/session/s/messages?before=1&after=1"), 400, "invalid_request")
+    between = w.get("/session/s/messages?limit=2&after=1&before=5").json
+    assert ([m["id"] for m in between["messages"]], between["more"]) == ([2, 3], True)
+    between = w.get("/session/s/messages?after=2&before=5").json
+    assert ([m["id"] for m in between["messages"]], between["more"]) == ([3, 4], False)
+    assert w.get("/session/s/messages?after=5&before=2").json == {"messages": [], "more": False}
 
 
 def test_cancel_answers_how_many(web: Make) -> None:
@@ -607,7 +611,14 @@ def test_a_bad_limit_of_sessions_says_so(web: Make, limit: str) -> None:
     assert error["details"]["field"] == "limit"
 
 
-@pytest.mark.parametrize("page", ["", "x", "5", "~s", "nan~s", "inf~s", "1e999~s", "5~-", "5~a/b"])
+def test_an_empty_page_is_the_first_one(web: Make) -> None:
+    """As a client sends it that has no ``next`` yet."""
+    w = web()
+    w.ask()
+    assert w.get("/sessions?page=").json == w.get("/sessions").json
+
+
+@pytest.mark.parametrize("page", ["x", "5", "~s", "nan~s", "inf~s", "1e999~s", "5~-", "5~a/b"])
 def test_a_bad_page_of_sessions_says_so(web: Make, page: str) -> None:
     error = assert_error(web().get(f"/sessions?page={page}"), 400, "invalid_request")
     assert error["details"]["field"] == "page"

@@ -677,12 +677,19 @@ def _turn_at(record: _Record, seq: int) -> str | None:
     part = record.log.after(max(seq, 1) - 1, limit=1, max_bytes=1).events
     if part and part[0].type != "gap" and part[0].seq == seq:
         return part[0].turn_id
+    generation = seq >> GENERATION_BITS
+    if seq > record.log.base:
+        part = record.log.after(
+            max(first_seq(generation), record.log.base), limit=1, max_bytes=1
+        ).events
+        if not part or (part[0].seq or 0) >> GENERATION_BITS != generation:
+            return None
     begun = [
         (end.cursor, turn_id)
         for turn_id, end in record.ended.items()
-        if end.cursor >> GENERATION_BITS < seq >> GENERATION_BITS and seq <= (end.final.seq or 0)
+        if end.cursor < first_seq(generation) and seq <= (end.final.seq or 0)
     ]
-    if record.running is not None and record.generation == seq >> GENERATION_BITS:
+    if record.running is not None and record.generation == generation:
         begun.append((record.cursor, record.running.id))
     return max(begun)[1] if begun else None
 

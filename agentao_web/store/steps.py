@@ -268,8 +268,14 @@ def spoken(db: sa.Connection, session: Row, seq: int) -> Spoken | None:
         this = this_turn(session, row.turn_id)
         found = db.execute(sa.select(turns.c.id, turns.c.message).where(this)).one_or_none()
         return None if found is None else Spoken(*found)
-    # The newest turn that had begun by then. A claim's numbers are above all that were before it.
     generation = seq >> GENERATION_BITS
+    if seq > session.base and (row is None or row.seq >> GENERATION_BITS != generation):
+        # It may be a number that was shown and lost with its worker, but not of a claim unknown.
+        begin = {"session": session.id, "cursor": first_seq(generation), "few": 1}
+        row = db.execute(_FOLLOWING, begin).one_or_none()
+        if row is None or row.seq >> GENERATION_BITS != generation:
+            return None
+    # The newest turn that had begun by then. A claim's numbers are above all that were before it.
     begun = sa.and_(
         turns.c.session == session.id,
         turns.c.state != "queued",

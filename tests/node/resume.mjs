@@ -1,4 +1,4 @@
-// Reads turns with @microsoft/fetch-event-source, as a page of someone else's would, and prints
+// Reads turns with @microsoft/fetch-event-source, as other people's pages do, and prints
 // what it was given. Takes a list of {url, headers, body} as its only argument.
 
 import { fetchEventSource } from "@microsoft/fetch-event-source";
