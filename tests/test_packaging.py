@@ -333,7 +333,7 @@ def test_the_images_command_runs_where_only_its_volume_can_be_written(
                 headers={
                     "Authorization": "Bearer dev",
                     "Accept": "application/json",
-                    "Prefer": "wait=20",
+                    "Prefer": "wait=50",
                 },
             )
             assert answer.json()["reply"] == "hi"

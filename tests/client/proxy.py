@@ -13,6 +13,8 @@ import threading
 import time
 import typing as t
 
+from tests.patience import PATIENCE
+
 _PIECE = 65_536
 #: Between two looks whether the proxy is to end, in seconds.
 _LOOK = 0.05
@@ -51,7 +53,7 @@ class Proxy:
     def __exit__(self, *exc: object) -> None:
         self._ends.set()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(PATIENCE)
         self._listener.close()
 
     def _start(self, run: cabc.Callable[..., None], *arguments: t.Any) -> None:
@@ -72,7 +74,7 @@ class Proxy:
             if fault.kind == "mute":
                 self._until_closed(client)
                 return
-            with socket.create_connection(("127.0.0.1", self._port), 10) as server:
+            with socket.create_connection(("127.0.0.1", self._port), PATIENCE) as server:
                 self._carry(client, server, fault)
 
     def _until_closed(self, client: socket.socket) -> None:

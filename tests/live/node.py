@@ -9,10 +9,10 @@ import subprocess
 import typing as t
 from pathlib import Path
 
+from tests.patience import PATIENCE
+
 FOLDER = Path(__file__).parent.parent / "node"
 PACKAGES = FOLDER / "node_modules"
-#: A safety net: nothing here is about how long it takes.
-PATIENCE = 240.0
 
 
 def node(*command: str | Path, cwd: Path = FOLDER) -> str:
