@@ -8,7 +8,7 @@ BIND ?= 127.0.0.1:8000
 # BIND= is for both, but their defaults differ.
 SHOP ?= $(if $(filter-out file,$(origin BIND)),$(BIND),127.0.0.1:8001)
 
-.PHONY: run example test check long bench debian clean
+.PHONY: run example test check long bench debian node clean
 
 run: $(VENV)/.run
 	@$(BIN)/agentao-web serve $(DEMO) --bind $(BIND)
@@ -21,12 +21,12 @@ example: $(VENV)/.example
 test: check
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not long"
 
-check: $(VENV)/.test debian
+check: $(VENV)/.test debian node
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-long: $(VENV)/.test debian
+long: $(VENV)/.test debian node
 	$(BIN)/python -m pytest -m long
 
 bench: $(VENV)/.test
@@ -58,5 +58,17 @@ debian:
 	    DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends \
 	      postgresql openssl bubblewrap nginx systemd chromium curl jq >/dev/null; }
 
+# Clients of other people, and what generates them: tests/node/package-lock.json says which.
+NODE := tests/node
+node: $(NODE)/node_modules/.installed
+
+$(NODE)/node_modules/.installed: $(NODE)/package.json $(NODE)/package-lock.json
+	@{ command -v node && command -v npm; } >/dev/null || \
+	  { $(SUDO) apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends \
+	      nodejs npm >/dev/null; }
+	cd $(NODE) && npm ci --loglevel=error
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(NODE)/node_modules build dist *.egg-info

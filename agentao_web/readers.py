@@ -44,6 +44,7 @@ class Reader:
         *,
         turn: LiveTurn | None = None,
         turn_id: str | None = None,
+        ended: Event | None = None,
         watcher: Watcher | None = None,
         sock: socket.socket | None = None,
         dismissed: cabc.Callable[[], bool] = lambda: False,
@@ -61,6 +62,8 @@ class Reader:
         """It was shown the end: its turn's last event, or the session's farewell."""
         self.final: Event | None = None
         """That last event."""
+        self._ended = ended
+        """The turn's last event, if it had ended before and is not one of ours."""
         self.saw_idle = True
         """The session was idle when it was last asked for that."""
         self._asked: set[str] = set()
@@ -130,7 +133,7 @@ class Reader:
         unstored = self._unstored()
         events = self._advance(limit, max_bytes)
         if self.turn_id is not None:
-            events = [e for e in events if e.turn_id == self.turn_id or e.type == "gap"]
+            events = [e for e in events if e.turn_id == self.turn_id or _is_gap(e)]
             if self.turn is None:
                 self._look_for_questions(events)
             if events and events[-1].type in ENDS:
@@ -139,9 +142,9 @@ class Reader:
             # Never stored: shown once the reader has all that was.
             if self.cursor is None or self.cursor >= self.live.shown:
                 events += self._tell(unstored)
-        elif not events and self.turn_id is not None and not self.told:
+        elif self.turn_id is not None and not self.told and (not events or _is_gap(events[-1])):
             self._look_for_the_end()
-        if events and events[0].type == "gap":
+        if events and _is_gap(events[0]):
             events[0] = dataclasses.replace(events[0], ts=self.live.clock())
         return joined(events)
 
@@ -164,11 +167,10 @@ class Reader:
 
     def _look_for_the_end(self) -> None:
         """The turn's last event may be gone from the log: pruned, or read before this reader."""
-        if self.turn is not None:
-            final = self.turn.final
-            if final is not None and self.cursor is not None:
-                self.told, self.final = self.cursor >= (final.seq or 0), final
-        elif self.caught_up:
+        final = self.turn.final if self.turn is not None else self._ended
+        if final is not None and self.cursor is not None:
+            self.told, self.final = self.cursor >= (final.seq or 0), final
+        elif self.turn is None and self.caught_up:
             self.told = True
 
     def _tell(self, final: Event) -> list[Event]:
@@ -200,6 +202,10 @@ class Reader:
     def _on_close(self) -> None:
         self.left = True
         self.live.wake()
+
+
+def _is_gap(event: Event) -> bool:
+    return event.type == "gap"
 
 
 class Dialect(t.Protocol):

@@ -20,6 +20,7 @@ from agentao_web.core import limits
 from agentao_web.core.errors import BudgetExhausted
 from agentao_web.core.errors import Draining
 from agentao_web.core.errors import Forbidden
+from agentao_web.core.errors import IdempotencyConflict
 from agentao_web.core.errors import NoModel
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import Quota
@@ -28,6 +29,7 @@ from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.errors import TooManySessions
 from agentao_web.core.errors import TooManyTurns
 from agentao_web.core.log import Event
+from agentao_web.core.log import is_ahead
 from agentao_web.core.names import SessionKey
 from agentao_web.core.observer import Observer
 from agentao_web.core.question import Question
@@ -51,6 +53,7 @@ from agentao_web.runner import Runner
 from agentao_web.runner import steady_clock
 from agentao_web.store import AlreadyAccepted
 from agentao_web.store import KeyUse
+from agentao_web.store import Spoken
 from agentao_web.store import Store
 from agentao_web.store.writer import Writer
 
@@ -60,6 +63,8 @@ _TICK, _SLOW_TICK = 0.2, 1.0
 _ASK: t.Final = 0.05
 #: How long streams get to send the last of it when the worker goes, in seconds.
 _FAREWELL: t.Final = 2.0
+#: How long an event that was shown may be on its way into the store, in seconds.
+_CATCH_UP: t.Final = 2.0
 #: How long a batch grows, in seconds: with its commit the store is 0.1 behind.
 _BATCH: t.Final = 0.09
 
@@ -116,6 +121,8 @@ class Started:
     """``queued``, ``running``, or how it ended if it was accepted before."""
     turn: LiveTurn | None = None
     """The turn, if this worker runs it."""
+    final: Event | None = None
+    """Its last event, if it had ended before and was found in the store."""
 
 
 class SessionPool:
@@ -278,6 +285,47 @@ class SessionPool:
             self._nudge.set()
             self._peers.nudge()
 
+    def resume(self, key: SessionKey, seq: int, request: TurnRequest) -> Started:
+        """The turn that event *seq* belongs to, from there on; never a new one.
+
+        *request* is the one that started it, sent again: an Idempotency-Key in it names the turn.
+        Raises NotFound, or IdempotencyConflict if the two do not belong together.
+        """
+        self.wake_up()
+        live = self.find(key)
+        if request.use is not None and (keyed := self._repeated(key, request)) is not None:
+            return dataclasses.replace(keyed, cursor=seq)
+        spoken = self._spoken(live, seq)
+        if spoken is None:
+            raise NotFound(
+                "This session has no turn with the event that Last-Event-ID names. To start a new "
+                "turn, send the request without that header."
+            )
+        if request.use is not None or spoken.message != request.message:
+            raise IdempotencyConflict(
+                "Last-Event-ID belongs to a turn that was started by another request. To resume "
+                "that turn, send its own request again; to start a new one, leave the header out."
+            )
+        return dataclasses.replace(self._join(key, spoken.turn_id), cursor=seq)
+
+    def _spoken(self, live: Live, seq: int) -> Spoken | None:
+        """Whose event *seq* is. What another worker has shown may not be in the store yet."""
+        part = live.take(seq - 1, limit=1, max_bytes=1)
+        event = part.events[0] if part is not None and part.events else None
+        found = self._books.find(event.turn_id or "") if event is not None else None
+        if event is not None and event.seq == seq and found is not None:
+            turn = found[0].turn
+            return Spoken(turn.id, turn.request.message)
+        until = self.clock() + _CATCH_UP
+        while not live.owned and self._is_on_its_way(live, seq) and self.clock() < until:
+            if self._closed.wait(_ASK):
+                raise Draining
+        return self.store.spoken(live.key, seq)
+
+    def _is_on_its_way(self, live: Live, seq: int) -> bool:
+        row = self.store.session(live.key)
+        return row is not None and row.head < seq and not is_ahead(seq, row.head)
+
     def _check_alone(self, tenant: str) -> None:
         """An unconfined shell reads all there is on a server: it must be all of one tenant."""
         if self._caps.shell == "unconfined" and set(self.store.tenants(2)) - {tenant}:
@@ -383,7 +431,8 @@ class SessionPool:
                 return Started(live, turn_id, active.cursor, active.state)
         ended = self.store.ended(key, turn_id)
         if ended is not None:
-            return Started(live, turn_id, ended.cursor, str(ended.final.data["status"]))
+            status = str(ended.final.data["status"])
+            return Started(live, turn_id, ended.cursor, status, final=ended.final)
         # It waited, and its row has gone before: the session is being deleted.
         return Started(live, turn_id, live.head, State.CANCELLED.value)
 

@@ -273,9 +273,10 @@ def _key(principal: Principal, sid: str) -> SessionKey:
     "/chat/<sid>",
     "Start a turn; creates or restores the session",
     request="TurnRequest",
+    query=("stream",),
     responses={200: "stream:TurnResult", 202: "Accepted"},
-    errors=(400, 401, 403, 406, 409, 413, 415, 429, 503),
-    headers=("Prefer", "Idempotency-Key"),
+    errors=(400, 401, 403, 404, 406, 409, 413, 415, 429, 503),
+    headers=("Prefer", "Idempotency-Key", "Last-Event-ID"),
 )
 def start_turn(parts: Parts, key: SessionKey) -> Response:
     wire = _wire(parts, default=True)
@@ -286,13 +287,15 @@ def start_turn(parts: Parts, key: SessionKey) -> Response:
         _body(), parts.settings, streams=streams, key=request.headers.get("Idempotency-Key")
     )
     asked = dataclasses.replace(asked, request_id=request_id())
+    last = requests.cursor(request.headers.get("Last-Event-ID"), "Last-Event-ID")
     wait = requests.preferred_wait(", ".join(request.headers.getlist("Prefer")))
     # Asked for before anything starts.
     slot = _slot(parts, key) if streams else parts.slots.take() if wait else None
     if wait and slot is None:
         wait = None
     with _freed(slot, after=streams):
-        started = parts.pool.start(key, asked)
+        # No event has the number 0: whoever sends that has seen none.
+        started = parts.pool.resume(key, last, asked) if last else parts.pool.start(key, asked)
         reader = _reader(parts, started.live, started.cursor, of=started)
         if wire is not None:
             return _stream(reader, slot, wire)
@@ -336,7 +339,7 @@ def answer(parts: Parts, key: SessionKey) -> Response:
     "GET",
     "/chat/<sid>/events",
     "Read the session's log: long-poll, or SSE if text/event-stream is asked for",
-    query=("after", "wait", "limit", "follow"),
+    query=("after", "wait", "limit", "follow", "stream"),
     responses={200: "stream:EventPage", 204: ""},
     errors=(400, 401, 404, 406, 503),
     headers=("Last-Event-ID",),
@@ -488,8 +491,6 @@ def sessions(parts: Parts, principal: Principal) -> Response:
 def messages(parts: Parts, key: SessionKey) -> Response:
     before = requests.cursor(request.args.get("before"), "before")
     after = requests.cursor(request.args.get("after"), "after")
-    if before is not None and after is not None:
-        raise InvalidRequest("give before or after, not both", field="after")
     limit = requests.number(request.args.get("limit"), "limit", least=1, most=_MAX_PAGE) or _PAGE
     parts.pool.find(key)
     page = parts.pool.store.transcript(
@@ -536,7 +537,7 @@ def readyz(parts: Parts) -> Response:
 @route("GET", "/openapi.json", "This contract", public=True, responses={200: "Any"})
 def openapi_json(parts: Parts) -> Response:
     prefix = url_for(".openapi_json").removesuffix("/openapi.json")
-    return jsonify(openapi.document(routes(parts.settings), prefix or "/"))
+    return jsonify(openapi.document(routes(parts.settings), prefix or "/", parts.settings))
 
 
 @route("GET", "/", "The chat page", public=True, page=True, responses={200: "text/html", 304: ""})
@@ -550,7 +551,7 @@ def page(parts: Parts) -> Response:
     "The page's files",
     public=True,
     page=True,
-    responses={200: "*/*", 304: ""},
+    responses={200: chat_page.KINDS, 304: ""},
     errors=(404,),
 )
 def page_file(parts: Parts, file: str) -> Response:
@@ -678,10 +679,13 @@ class _Along:
 
 
 def _wire(parts: Parts, *, default: bool) -> Wire | None:
-    """What the answer is streamed as, by ``Accept``; None is JSON.
+    """What the answer is streamed as, by ``?stream=`` and ``Accept``; None is JSON.
 
     A wire of the host's is taken by those who name it and want nothing else more.
     """
+    asked = request.args.get("stream")
+    if asked is not None and not requests.flag(asked, "stream"):
+        return None
     accept = request.accept_mimetypes
     named = {value.partition(";")[0].strip().lower() for value in accept.values()}
     for wire in parts.wires:
@@ -689,7 +693,7 @@ def _wire(parts: Parts, *, default: bool) -> Wire | None:
         others = max(accept["text/event-stream"], accept["application/json"])
         if kind in named and accept[kind] and accept[kind] >= others:
             return wire
-    return native if _wants_stream(default=default) else None
+    return native if asked is not None or _wants_stream(default=default) else None
 
 
 def _wants_stream(*, default: bool) -> bool:
@@ -727,6 +731,7 @@ def _reader(parts: Parts, live: Live, cursor: int | None, of: Started | None = N
         cursor,
         turn=of.turn if of is not None else None,
         turn_id=of.turn_id if of is not None else None,
+        ended=of.final if of is not None else None,
         watcher=parts.watcher,
         sock=sock,
         # The stream of our own turn lives as long as it; all others end when the worker goes.

@@ -139,8 +139,9 @@ class Stream:
         self._text = b"".join(parts)
 
     def _frame(self, frame: bytes, now: float) -> None:
-        _, found, body = frame.partition(b"data: ")
-        if not found or body == b"[DONE]":
+        # With or without an id, before or behind; a comment has no blank line of its own.
+        body = next((line[6:] for line in frame.split(b"\n") if line.startswith(b"data: ")), b"")
+        if not body or body == b"[DONE]":
             return
         self.frames += 1
         event = json.loads(body)

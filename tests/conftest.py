@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.live.browser import chromium
+from tests.patience import PATIENCE
 from tests.store.postgres import postgres_server
 from tests.store.postgres import postgres_url
 
@@ -19,7 +20,7 @@ __all__ = ["chromium", "postgres_server", "postgres_url"]
 def no_thread_outlives_its_test() -> cabc.Iterator[None]:
     before = set(threading.enumerate())
     yield
-    until = time.monotonic() + 10
+    until = time.monotonic() + PATIENCE
     while left := [t for t in threading.enumerate() if t not in before and t.is_alive()]:
         assert time.monotonic() < until, f"threads left behind: {left}"
         left[0].join(0.1)

@@ -22,8 +22,7 @@ from agentao_web.runner import Stage
 from agentao_web.sessions import SessionPool
 from agentao_web.sessions import Started
 from agentao_web.store.memory import MemoryStore
-
-PATIENCE = 20.0
+from tests.patience import PATIENCE
 
 
 class Gate:

@@ -22,6 +22,7 @@ from agentao_web.testing import ask_user
 from agentao_web.testing import say
 from agentao_web.testing import scripted
 from tests import test_views as views
+from tests.patience import PATIENCE
 from tests.test_views import KEY
 from tests.test_views import Make
 from tests.test_views import Web
@@ -31,7 +32,6 @@ from tests.test_views import sse
 
 web = views.web
 
-PATIENCE = 20.0
 WRITE = ask("write_file", "written", file_path="a.txt")
 
 

@@ -22,10 +22,10 @@ from agentao_web.auth import by_token
 from agentao_web.extension import pool_of
 from agentao_web.testing import say
 from agentao_web.testing import scripted
+from tests.patience import PATIENCE
 
 KEY = "the-auth-tests-own-key"
 ANN, BOB, OTHER = Principal("acme", "ann"), Principal("acme", "bob"), Principal("other", "ann")
-PATIENCE = 20.0
 
 
 class Clock:

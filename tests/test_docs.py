@@ -45,7 +45,7 @@ TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
 #: In an error message that the docs show.
 SLIPS = {"AGENTAO_MAXTURNS"}
 
-WAIT = {"Accept": "application/json", "Prefer": "wait=20", "Sec-Fetch-Site": "same-origin"}
+WAIT = {"Accept": "application/json", "Prefer": "wait=50", "Sec-Fetch-Site": "same-origin"}
 
 _BLOCK = re.compile(r"(?:<!-- ([\w: -]+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

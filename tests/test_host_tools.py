@@ -32,9 +32,9 @@ from tests.agents.scripted_llm import say as said
 from tests.model_server import ModelServer
 from tests.model_server import calls
 from tests.model_server import say
+from tests.patience import PATIENCE
 
-PATIENCE = 20.0
-WAIT = {"Accept": "application/json", "Prefer": "wait=20", "Sec-Fetch-Site": "same-origin"}
+WAIT = {"Accept": "application/json", "Prefer": "wait=50", "Sec-Fetch-Site": "same-origin"}
 
 
 class Shop:

@@ -27,7 +27,7 @@ from agentao_web.testing import crash
 from agentao_web.testing import say
 from agentao_web.testing import scripted
 
-HEADERS = {"Accept": "application/json", "Prefer": "wait=20", "Sec-Fetch-Site": "same-origin"}
+HEADERS = {"Accept": "application/json", "Prefer": "wait=50", "Sec-Fetch-Site": "same-origin"}
 SECRET = "the plans for the island"
 
 Make = cabc.Callable[..., FlaskClient]

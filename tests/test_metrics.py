@@ -37,11 +37,11 @@ from agentao_web.metrics import Metrics
 from agentao_web.testing import ask
 from agentao_web.testing import say
 from agentao_web.testing import scripted
+from tests.patience import PATIENCE
 
 TOKEN = "the-scrapers-own-token"
 LOG = logging.getLogger("tests.metrics")
 KEY = SessionKey("acme", "ann", "s")
-PATIENCE = 20.0
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -389,7 +389,7 @@ def scrape(app: Flask, token: str = TOKEN) -> Samples:
 
 
 def test_a_scrape_tells_of_turns(app: Flask) -> None:
-    headers = {"Accept": "application/json", "Prefer": "wait=20", "Sec-Fetch-Site": "same-origin"}
+    headers = {"Accept": "application/json", "Prefer": "wait=50", "Sec-Fetch-Site": "same-origin"}
     client = app.test_client()
     for _ in range(2):
         body = client.post("/agent/chat/s", json={"message": "hello"}, headers=headers).json
@@ -434,7 +434,7 @@ def test_a_scrape_sees_open_questions(app: Flask) -> None:
 
 
 def test_a_store_that_is_away_is_counted(app: Flask, tmp_path: Path) -> None:
-    headers = {"Accept": "application/json", "Prefer": "wait=20", "Sec-Fetch-Site": "same-origin"}
+    headers = {"Accept": "application/json", "Prefer": "wait=50", "Sec-Fetch-Site": "same-origin"}
     client = app.test_client()
     client.post("/agent/chat/s", json={"message": "hello"}, headers=headers)
     file = tmp_path / "agentao-web.db"

@@ -93,11 +93,12 @@ def test_the_archive_has_what_it_takes_to_test_and_deploy(built: Path) -> None:
         path.relative_to(PROJECT).as_posix()
         for folder in ("agentao_web", "tests", "docs", "deploy", "bench", "examples")
         for path in (PROJECT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and not {"__pycache__", "node_modules"} & set(path.parts)
     ]
     wanted += ["LICENSE", "CHANGES.md", "README.md", "Makefile", "wsgi_app.py", "gunicorn.conf.py"]
     assert not set(wanted) - names
     assert not [name for name in names if name.startswith((".venv", ".git/", "build", "dist"))]
+    assert not [name for name in names if "node_modules" in name]
 
 
 def test_the_metadata_is_whole(built: Path) -> None:
@@ -332,7 +333,7 @@ def test_the_images_command_runs_where_only_its_volume_can_be_written(
                 headers={
                     "Authorization": "Bearer dev",
                     "Accept": "application/json",
-                    "Prefer": "wait=20",
+                    "Prefer": "wait=50",
                 },
             )
             assert answer.json()["reply"] == "hi"

@@ -309,7 +309,7 @@ def test_at_the_moment_of_expiry_the_row_decides(probe: cabc.Callable[..., Probe
 
 def test_an_answer_too_late_by_a_moment_is_told_so(probe: cabc.Callable[..., Probe]) -> None:
     script = Asker()
-    one = probe(script, question_timeout=0.5)
+    one = probe(script, question_timeout=5.0)
     good, answering = one.store.settle, Gate()
 
     def settle(key: t.Any, question_id: str, outcome: str, **more: t.Any) -> Question:

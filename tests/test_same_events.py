@@ -88,8 +88,9 @@ def by_stream(probe: Probe, chance: random.Random, last: threading.Event) -> See
             for frame in chunk.decode().split("\n\n"):
                 if "data: " not in frame:
                     continue
-                body = json.loads(frame.split("data: ", 1)[1])
-                cursor = int(frame.split("\n")[0].removeprefix("id: "))
+                data, number = frame.split("\n")[-2:]
+                body = json.loads(data.removeprefix("data: "))
+                cursor = int(number.removeprefix("id: "))
                 assert cursor == body["seq"]
                 extra = {k: body[k] for k in ("reply", "error") if k in body}
                 event = Event(

@@ -83,7 +83,7 @@ def test_without_a_place_a_turn_starts_as_json_and_nobody_waits_for_it(web: Make
     gate = Gate()
     w = web(pause(gate), say("hi"))
     limited(w, 0)
-    response = w.post("/chat/s", {"message": "hi"}, Accept="application/json", Prefer="wait=20")
+    response = w.post("/chat/s", {"message": "hi"}, Accept="application/json", Prefer="wait=50")
     assert response.status_code == 202
     assert "Preference-Applied" not in response.headers
     gate.open()

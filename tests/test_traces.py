@@ -25,7 +25,7 @@ from agentao_web.testing import say
 from agentao_web.testing import scripted
 from agentao_web.testing import use
 
-HEADERS = {"Accept": "application/json", "Prefer": "wait=20", "Sec-Fetch-Site": "same-origin"}
+HEADERS = {"Accept": "application/json", "Prefer": "wait=50", "Sec-Fetch-Site": "same-origin"}
 SECRET = "the plans for the island"
 
 Run = cabc.Callable[[str], tuple[dict[str, t.Any], dict[str, t.Any]]]

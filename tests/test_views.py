@@ -80,7 +80,7 @@ class Web:
             f"/chat/{sid}",
             {"message": message, **fields},
             Accept="application/json",
-            Prefer="wait=20",
+            Prefer="wait=50",
         )
         assert response.status_code == 200, response.json
         return t.cast(dict[str, t.Any], response.json)
@@ -191,10 +191,10 @@ def test_json_is_202_with_where_to_read(web: Make) -> None:
 def test_prefer_wait_makes_it_one_post(web: Make) -> None:
     w = web()
     response = w.post(
-        "/chat/s", {"message": "hi"}, Accept="application/json", Prefer="respond-async, wait=20"
+        "/chat/s", {"message": "hi"}, Accept="application/json", Prefer="respond-async, wait=50"
     )
     assert response.status_code == 200
-    assert response.headers["Preference-Applied"] == "wait=20"
+    assert response.headers["Preference-Applied"] == "wait=50"
     assert (response.json["status"], response.json["reply"]) == ("completed", "hello")
 
 
@@ -475,7 +475,11 @@ def test_messages_are_paged_both_ways(web: Make) -> None:
     assert [m["id"] for m in older["messages"]] == [3, 4]
     onward = w.get("/session/s/messages?limit=2&after=4").json
     assert ([m["id"] for m in onward["messages"]], onward["more"]) == ([5, 6], False)
-    assert_error(w.get("/session/s/messages?before=1&after=1"), 400, "invalid_request")
+    between = w.get("/session/s/messages?limit=2&after=1&before=5").json
+    assert ([m["id"] for m in between["messages"]], between["more"]) == ([2, 3], True)
+    between = w.get("/session/s/messages?after=2&before=5").json
+    assert ([m["id"] for m in between["messages"]], between["more"]) == ([3, 4], False)
+    assert w.get("/session/s/messages?after=5&before=2").json == {"messages": [], "more": False}
 
 
 def test_cancel_answers_how_many(web: Make) -> None:
@@ -576,7 +580,7 @@ def test_sessions_are_your_own_and_the_newest_first(web: Make) -> None:
     assert w.get("/sessions").json == {"sessions": [], "next": None}
     for n in range(3):
         for who in people:
-            headers = {"Accept": "application/json", "Prefer": "wait=20"}
+            headers = {"Accept": "application/json", "Prefer": "wait=50"}
             body = {"message": f"{who.user} {n}"}
             assert w.post(f"/chat/s{n}", body, who, **headers).status_code == 200
     w.ask("again", sid="s0")
@@ -621,7 +625,14 @@ def test_a_bad_limit_of_sessions_says_so(web: Make, limit: str) -> None:
     assert error["details"]["field"] == "limit"
 
 
-@pytest.mark.parametrize("page", ["", "x", "5", "~s", "nan~s", "inf~s", "1e999~s", "5~-", "5~a/b"])
+def test_an_empty_page_is_the_first_one(web: Make) -> None:
+    """As a client sends it that has no ``next`` yet."""
+    w = web()
+    w.ask()
+    assert w.get("/sessions?page=").json == w.get("/sessions").json
+
+
+@pytest.mark.parametrize("page", ["x", "5", "~s", "nan~s", "inf~s", "1e999~s", "5~-", "5~a/b"])
 def test_a_bad_page_of_sessions_says_so(web: Make, page: str) -> None:
     error = assert_error(web().get(f"/sessions?page={page}"), 400, "invalid_request")
     assert error["details"]["field"] == "page"
@@ -672,7 +683,7 @@ def test_a_repeated_request_joins_the_turn_that_runs(web: Make) -> None:
     assert again.json == first.json
     assert again.headers["Location"] == first.headers["Location"]
     gate.open()
-    waited = w.post("/chat/s", {"message": "hi"}, Prefer="wait=20", **AGAIN)
+    waited = w.post("/chat/s", {"message": "hi"}, Prefer="wait=50", **AGAIN)
     assert (waited.status_code, waited.json["reply"]) == (200, "once")
     assert waited.json["turn_id"] == first.json["turn_id"]
     assert w.get("/session/s").json["turns"] == 1
@@ -688,7 +699,7 @@ def test_a_repeated_request_joins_the_turn_that_waits(web: Make) -> None:
     assert (again.json["status"], again.json) == ("queued", first.json)
     assert len(w.get("/session/s").json["queued"]) == 1
     gate.open()
-    waited = w.post("/chat/s", body, Prefer="wait=20", **AGAIN)
+    waited = w.post("/chat/s", body, Prefer="wait=50", **AGAIN)
     assert (waited.json["turn_id"], waited.json["reply"]) == (first.json["turn_id"], "hello")
 
 
@@ -696,7 +707,7 @@ def test_a_repeated_request_is_answered_with_how_the_turn_ended(web: Make) -> No
     w = web(by={"fail": [end("llm_error")]})
     for message, status in (("hi", "completed"), ("fail", "failed")):
         headers = {**AGAIN, "Idempotency_Key": message}
-        first = w.post("/chat/s", {"message": message}, Prefer="wait=20", **headers)
+        first = w.post("/chat/s", {"message": message}, Prefer="wait=50", **headers)
         again = w.post("/chat/s", {"message": message}, **headers)
         assert (again.status_code, again.json["status"]) == (200, status)
         assert again.json == first.json
@@ -706,7 +717,7 @@ def test_another_body_with_the_same_key_is_a_conflict(web: Make) -> None:
     """The bytes count: what is the same JSON may be another request."""
     w = web()
     body = '{"message": "hi"}'
-    assert w.post("/chat/s", body, Prefer="wait=20", **AGAIN).status_code == 200
+    assert w.post("/chat/s", body, Prefer="wait=50", **AGAIN).status_code == 200
     for other in ('{"message":"hi"}', '{"message": "ho"}', body + " "):
         assert_error(w.post("/chat/s", other, **AGAIN), 409, "idempotency_conflict")
     assert w.post("/chat/s", body.encode(), **AGAIN).status_code == 200
@@ -717,7 +728,7 @@ def test_a_key_is_of_one_session_and_one_user(web: Make) -> None:
     w = web()
     bob = Principal("acme", "bob")
     turns = [
-        w.post(path, {"message": message}, who, Prefer="wait=20", **AGAIN).json["turn_id"]
+        w.post(path, {"message": message}, who, Prefer="wait=50", **AGAIN).json["turn_id"]
         for path, message, who in (
             ("/chat/a", "1", None),
             ("/chat/b", "2", None),
@@ -747,16 +758,16 @@ def test_a_refusal_stores_nothing_under_the_key(web: Make) -> None:
     assert_error(w.post("/chat/s", {"message": ""}, **AGAIN), 400, "invalid_request")
     gate.open()
     w.ask("between", on_busy="queue")
-    taken = w.post("/chat/s", {"message": "another body"}, Prefer="wait=20", **AGAIN)
+    taken = w.post("/chat/s", {"message": "another body"}, Prefer="wait=50", **AGAIN)
     assert (taken.status_code, taken.json["reply"]) == (200, "hello")
     assert taken.json["turn_id"] != first["turn_id"]
 
 
 def test_delete_forgets_the_keys(web: Make) -> None:
     w = web()
-    first = w.post("/chat/s", {"message": "hi"}, Prefer="wait=20", **AGAIN)
+    first = w.post("/chat/s", {"message": "hi"}, Prefer="wait=50", **AGAIN)
     w.delete("/session/s")
-    other = w.post("/chat/s", {"message": "something else"}, Prefer="wait=20", **AGAIN)
+    other = w.post("/chat/s", {"message": "something else"}, Prefer="wait=50", **AGAIN)
     assert other.status_code == 200
     assert other.json["turn_id"] != first.json["turn_id"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc as cabc
 import contextlib
 import json
+import re
 import typing as t
 
 import httpx
@@ -28,6 +29,9 @@ _EARLY: t.Final = 0.25
 _EMPTY_STREAMS: t.Final = 3
 #: The longest the server's hint when to come back is believed, in seconds.
 _LONGEST_HINT: t.Final = 10.0
+#: A hint that ends a stream, and how much of the end is looked at for it.
+_RETRY: t.Final = re.compile(r"(?:\A|[\r\n])retry: ?\d+(?:\r\n|\r|\n)\Z")
+_END: t.Final = 64
 
 
 class NoStream(Exception):
@@ -248,11 +252,16 @@ class _Bounded:
         self._room = MOST
 
     def iter_text(self) -> cabc.Iterator[str]:
+        end = ""
         for text in self._response.iter_text():
             self._room -= len(text)
             if self._room < 0:
                 raise too_long(self._response)
+            end = (end + text)[-_END:]
             yield text
+        if _RETRY.search(end):
+            # The hint holds as it is (HTML, section 9.2.6); httpx-sse waits for a blank line.
+            yield "\n\n"
 
 
 class _Ended(Exception):

@@ -18,6 +18,8 @@ _TYPES: t.Final = {
     ".mjs": "text/javascript",
     ".svg": "image/svg+xml",
 }
+#: Those types, by spaces.
+KINDS: t.Final = " ".join(dict.fromkeys(_TYPES.values()))
 _FILES: t.Final = {
     path.relative_to(FOLDER).as_posix(): path
     for path in sorted(FOLDER.rglob("*"))

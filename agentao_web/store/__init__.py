@@ -149,6 +149,13 @@ class EndedTurn:
     cursor: int
 
 
+class Spoken(t.NamedTuple):
+    """Whose event it was: a turn, and the message that started it."""
+
+    turn_id: str
+    message: str
+
+
 class Revocation(t.NamedTuple):
     """Tokens of a tenant, or of one user of it (None: of all), issued before a moment are void."""
 
@@ -282,6 +289,12 @@ class Store(t.Protocol):
 
     def ended(self, key: SessionKey, turn_id: str) -> EndedTurn | None:
         """How a turn ended, for one who joins it later; None if it has not, or is unknown."""
+
+    def spoken(self, key: SessionKey, seq: int) -> Spoken | None:
+        """The turn that event *seq* belongs to, also if the event is no longer in the log.
+
+        None for a number that was never one of this session's.
+        """
 
     # -- questions -----------------------------------------------------------------------------
 

@@ -48,6 +48,7 @@ from agentao_web.store import Orphan
 from agentao_web.store import Revocation
 from agentao_web.store import SessionRow
 from agentao_web.store import Signal
+from agentao_web.store import Spoken
 from agentao_web.store import TurnRow
 
 _TITLE_LENGTH = 80
@@ -139,8 +140,10 @@ def taken_over(orphan: Orphan, generation: int, version: int, head: int) -> Clai
 def page_of(count: int, before: int | None, after: int | None, limit: int) -> tuple[int, int, bool]:
     """Which of *count* entries are on the page, from and up to, and whether there are more."""
     if after is not None:
-        stop = min(count, after + limit)
-        return min(count, after), stop, stop < count
+        last = count if before is None else max(0, min(count, before - 1))
+        start = min(last, after)
+        stop = min(last, start + limit)
+        return start, stop, stop < last
     stop = count if before is None else min(count, before - 1)
     start = max(0, stop - limit)
     return start, stop, start > 0
@@ -172,6 +175,8 @@ class _Record:
     cursor: int = 0
     """The place just before the running turn's first event."""
     ended: dict[str, EndedTurn] = dataclasses.field(default_factory=dict)
+    messages: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What each turn was started with."""
     keys: dict[str, KnownKey] = dataclasses.field(default_factory=dict)
     questions: dict[str, Question] = dataclasses.field(default_factory=dict)
     transcript: list[dict[str, t.Any]] = dataclasses.field(default_factory=list)
@@ -325,6 +330,14 @@ class MemoryStore:
         with self._lock:
             record = self._records.get(key)
             return None if record is None else record.ended.get(turn_id)
+
+    def spoken(self, key: SessionKey, seq: int) -> Spoken | None:
+        with self._lock:
+            record = self._records.get(key)
+            turn_id = None if record is None else _turn_at(record, seq)
+            if record is None or turn_id is None:
+                return None
+            return Spoken(turn_id, record.messages[turn_id])
 
     # -- questions -----------------------------------------------------------------------------
 
@@ -621,6 +634,7 @@ class MemoryStore:
             raise ClaimLost
         if use is not None:
             check_use(record.keys.get(use.key), use, turn, self._clock())
+        record.messages[turn.id] = turn.message
 
     def _begin(
         self, record: _Record, turn: TurnRow, opening: Draft, now: float, use: KeyUse | None
@@ -682,6 +696,27 @@ def _active(record: _Record) -> list[ActiveTurn]:
 def _waiting(record: _Record) -> list[TurnRow]:
     """Those in the queue that have not left it."""
     return [turn for turn in record.queue if turn.id not in record.endings]
+
+
+def _turn_at(record: _Record, seq: int) -> str | None:
+    part = record.log.after(max(seq, 1) - 1, limit=1, max_bytes=1).events
+    if part and part[0].type != "gap" and part[0].seq == seq:
+        return part[0].turn_id
+    generation = seq >> GENERATION_BITS
+    if seq > record.log.base:
+        part = record.log.after(
+            max(first_seq(generation), record.log.base), limit=1, max_bytes=1
+        ).events
+        if not part or (part[0].seq or 0) >> GENERATION_BITS != generation:
+            return None
+    begun = [
+        (end.cursor, turn_id)
+        for turn_id, end in record.ended.items()
+        if end.cursor < first_seq(generation) and seq <= (end.final.seq or 0)
+    ]
+    if record.running is not None and record.generation == generation:
+        begun.append((record.cursor, record.running.id))
+    return max(begun)[1] if begun else None
 
 
 def _unqueue(record: _Record, turn_id: str | None) -> bool:

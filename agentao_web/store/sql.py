@@ -43,6 +43,7 @@ from agentao_web.store import Orphan
 from agentao_web.store import Revocation
 from agentao_web.store import SessionRow
 from agentao_web.store import Signal
+from agentao_web.store import Spoken
 from agentao_web.store import TurnRow
 from agentao_web.store import steps
 from agentao_web.store.database import Database
@@ -281,6 +282,11 @@ class SqlStore:
         if row is None or row.final is None:
             return None
         return EndedTurn(Event(*row.final), row.cursor)
+
+    def spoken(self, key: SessionKey, seq: int) -> Spoken | None:
+        with self._db.read() as db:
+            session = steps.find(db, key)
+            return None if session is None else steps.spoken(db, session, seq)
 
     # -- questions -----------------------------------------------------------------------------
 

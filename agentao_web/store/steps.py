@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import NotFound
+from agentao_web.core.log import GENERATION_BITS
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.log import beginning
@@ -28,6 +29,7 @@ from agentao_web.core.turn import ENDS
 from agentao_web.store import ActiveTurn
 from agentao_web.store import Finish
 from agentao_web.store import SessionRow
+from agentao_web.store import Spoken
 from agentao_web.store import TurnRow
 from agentao_web.store.memory import generation_seed
 from agentao_web.store.tables import dumped
@@ -257,6 +259,34 @@ def unask(db: sa.Connection, session: Row, turn_id: str) -> None:
     """Nothing is asked of that turn any more."""
     mine = sa.and_(signals.c.session == session.id, signals.c.turn_id == turn_id)
     db.execute(sa.delete(signals).where(mine))
+
+
+def spoken(db: sa.Connection, session: Row, seq: int) -> Spoken | None:
+    """The turn that event *seq* belongs to, also if the event is not (or no longer) in the log."""
+    row = db.execute(_FOLLOWING, {"session": session.id, "cursor": seq - 1, "few": 1}).one_or_none()
+    if row is not None and any(event.seq == seq for event in _run(row)):
+        this = this_turn(session, row.turn_id)
+        found = db.execute(sa.select(turns.c.id, turns.c.message).where(this)).one_or_none()
+        return None if found is None else Spoken(*found)
+    generation = seq >> GENERATION_BITS
+    if seq > session.base and (row is None or row.seq >> GENERATION_BITS != generation):
+        # It may be a number that was shown and lost with its worker, but not of a claim unknown.
+        begin = {"session": session.id, "cursor": first_seq(generation), "few": 1}
+        row = db.execute(_FOLLOWING, begin).one_or_none()
+        if row is None or row.seq >> GENERATION_BITS != generation:
+            return None
+    # The newest turn that had begun by then. A claim's numbers are above all that were before it.
+    begun = sa.and_(
+        turns.c.session == session.id,
+        turns.c.state != "queued",
+        turns.c.cursor < first_seq(generation),
+    )
+    newest = sa.select(turns).where(begun).order_by(turns.c.cursor.desc()).limit(1)
+    turn = db.execute(newest).one_or_none()
+    if turn is None:
+        return None
+    wrote = turn.final[0] >= seq if turn.final is not None else generation == session.generation
+    return Spoken(turn.id, turn.message) if wrote else None
 
 
 def this_turn(session: Row, turn_id: str, *states: str) -> sa.ColumnElement[bool]:

@@ -8,10 +8,14 @@ import re
 import typing as t
 
 from agentao_web.core.errors import FAILURES
+from agentao_web.core.log import MAX_SEQ
+from agentao_web.core.question import MAX_ANSWER
+from agentao_web.core.question import MAX_CHOICES
 from agentao_web.core.question import OUTCOMES
 from agentao_web.core.turn import STOP_REASONS
 from agentao_web.core.turn import State
 from agentao_web.wire.requests import MAX_WAIT
+from agentao_web.wire.requests import PAGE_MARK
 
 Schema = dict[str, t.Any]
 
@@ -37,11 +41,22 @@ class Route:
     headers: tuple[str, ...] = ()
     responses: cabc.Mapping[int, str] = dataclasses.field(default_factory=dict)
     """Status -> name of a schema; ``stream:NAME`` for SSE or, as JSON, NAME; ``text`` for
-    plain text; ``text/html`` and the like for a file; "" for no body."""
+    plain text; ``text/html`` and the like, by spaces, for a file; "" for no body."""
     errors: tuple[int, ...] = ()
 
 
-def document(routes: cabc.Iterable[Route], server: str) -> Schema:
+class Limits(t.Protocol):
+    """The settings that bound what a request may hold (agentao_web.config.Settings)."""
+
+    @property
+    def max_message(self) -> int: ...
+    @property
+    def max_images(self) -> int: ...
+    @property
+    def turn_timeout(self) -> float: ...
+
+
+def document(routes: cabc.Iterable[Route], server: str, limits: Limits) -> Schema:
     """The document for *routes* mounted at *server*."""
     paths: dict[str, Schema] = {}
     for route in routes:
@@ -57,7 +72,7 @@ def document(routes: cabc.Iterable[Route], server: str) -> Schema:
         "servers": [{"url": server}],
         "paths": paths,
         "components": {
-            "schemas": SCHEMAS,
+            "schemas": {**SCHEMAS, "TurnRequest": _turn_request(limits)},
             "parameters": _PARAMETERS,
             "responses": {"Error": _error_response()},
             "securitySchemes": {
@@ -114,7 +129,7 @@ def _response(code: int, name: str) -> Schema:
     if name == "text":
         return {"description": "Plain text", "content": {"text/plain": {"schema": _STRING}}}
     if "/" in name:
-        return {"description": "A file", "content": {name: {}}}
+        return {"description": "A file", "content": {kind: {} for kind in name.split()}}
     streams, _, schema = name.rpartition(":")
     content: Schema = {"application/json": {"schema": _ref(schema)}}
     if streams:
@@ -174,9 +189,12 @@ def _object(required: str = "", /, **properties: Schema) -> Schema:
 
 _STRING: t.Final[Schema] = {"type": "string"}
 _INTEGER: t.Final[Schema] = {"type": "integer", "minimum": 0}
+_CURSOR: t.Final[Schema] = {**_INTEGER, "maximum": MAX_SEQ}
+_FLAG: t.Final[Schema] = {**_INTEGER, "maximum": 1}
 _NUMBER: t.Final[Schema] = {"type": "number"}
 _BOOLEAN: t.Final[Schema] = {"type": "boolean"}
-_ANY_OBJECT: t.Final[Schema] = {"type": "object"}
+#: Said, since for some generators an object of which nothing is said is an empty one.
+_ANY_OBJECT: t.Final[Schema] = {"type": "object", "additionalProperties": True}
 _USAGE: t.Final[Schema] = {"type": "object", "additionalProperties": {"type": "integer"}}
 
 
@@ -211,37 +229,18 @@ EVENT_TYPES: t.Final = (
     "error",
 )
 
-_IMAGE = _object(
-    "data mimeType",
-    data={"type": "string", "contentEncoding": "base64"},
-    mimeType=_enum("image/png", "image/jpeg", "image/gif", "image/webp"),
-)
-_TURN = _object(
-    "turn_id state message created_at cursor",
-    turn_id=_STRING,
-    state=_enum(*(s.value for s in State)),
-    message=_STRING,
-    created_at=_NUMBER,
-    cursor=_INTEGER,
-)
-_QUESTION = _object(
-    "turn_id type question_id expires_at",
-    turn_id=_STRING,
-    type=_enum("tool_confirmation", "ask_user_requested"),
-    question_id=_STRING,
-    expires_at={"type": "number", "description": "Unix seconds"},
-    call_id=_STRING,
-    tool=_STRING,
-    description=_STRING,
-    args=_ANY_OBJECT,
-    truncated={"type": "boolean", "description": "args are too long to be shown whole"},
-    remember=_list(_enum("turn", "session")),
-    question=_STRING,
-    header={"type": ["string", "null"]},
-    options={"type": ["array", "null"], "items": _STRING},
-    multiple=_BOOLEAN,
-    allow_custom=_BOOLEAN,
-)
+#: Texts that are not blank, and have no character U+0000 (what Python's strip takes is blank).
+_SAID: t.Final[Schema] = {
+    "type": "string",
+    "minLength": 1,
+    "pattern": r"^[^\u0000]*[^\s\u0000\u001c-\u001f\u0085][^\u0000]*$",
+}
+_QUESTION_ID: t.Final[Schema] = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": 200,
+    "pattern": r"^[^\u0000]*$",
+}
 _ENDS = [s.value for s in State if s not in {State.QUEUED, State.RUNNING, State.WAITING}]
 
 SCHEMAS: t.Final[dict[str, Schema]] = {
@@ -249,40 +248,79 @@ SCHEMAS: t.Final[dict[str, Schema]] = {
     "PageConfig": _object("login demo", login=_enum("token", "host"), demo=_BOOLEAN),
     "Ok": _object("ok", ok=_BOOLEAN),
     "Error": _object("code message details", code=_STRING, message=_STRING, details=_ANY_OBJECT),
-    "TurnRequest": _object(
-        "message",
-        message={"type": "string", "minLength": 1},
-        images=_list(_IMAGE),
-        on_busy={**_enum("reject", "queue", "interrupt"), "default": "reject"},
-        on_disconnect=_enum("cancel", "continue"),
-        timeout={"type": "number", "exclusiveMinimum": 0},
+    "Image": _object(
+        "data mimeType",
+        data={
+            "type": "string",
+            "minLength": 4,
+            "pattern": "^[A-Za-z0-9+/]+={0,2}$",
+            "contentEncoding": "base64",
+            "description": "The file, which has to be what mimeType says",
+        },
+        mimeType=_enum("image/png", "image/jpeg", "image/gif", "image/webp"),
     ),
     "Accepted": _object(
-        "session_id turn_id status cursor events_url",
+        "session_id turn_id status cursor events_url questions",
         session_id=_STRING,
         turn_id=_STRING,
         status=_enum(*(s.value for s in State)),
         cursor=_INTEGER,
         events_url=_STRING,
-        questions=_list(_QUESTION),
+        questions=_list(_ref("Question")),
     ),
-    "Answer": {
+    "Answer": {"oneOf": [_ref("Approval"), _ref("Words")]},
+    "Approval": {
         **_object(
-            "question_id",
-            question_id={"type": "string", "minLength": 1, "maxLength": 200},
+            "question_id approve",
+            question_id=_QUESTION_ID,
             approve=_BOOLEAN,
-            answer={
-                "anyOf": [
-                    {"type": "string", "minLength": 1},
-                    {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
-                ]
-            },
             remember=_enum("turn", "session"),
         ),
+        "description": "The answer to a tool_confirmation",
+        "additionalProperties": False,
+    },
+    "Words": {
+        **_object(
+            "question_id answer",
+            question_id=_QUESTION_ID,
+            answer={
+                "anyOf": [
+                    {**_SAID, "maxLength": MAX_ANSWER},
+                    {"type": "array", "items": _SAID, "minItems": 1, "maxItems": MAX_CHOICES},
+                ]
+            },
+        ),
+        "description": "The answer to an ask_user_requested",
         "additionalProperties": False,
     },
     "Answered": _object(
         "ok question_id outcome", ok=_BOOLEAN, question_id=_STRING, outcome=_enum(*OUTCOMES)
+    ),
+    "Turn": _object(
+        "turn_id state message created_at cursor",
+        turn_id=_STRING,
+        state=_enum(*(s.value for s in State)),
+        message=_STRING,
+        created_at=_NUMBER,
+        cursor=_INTEGER,
+    ),
+    "Question": _object(
+        "turn_id type question_id expires_at",
+        turn_id=_STRING,
+        type=_enum("tool_confirmation", "ask_user_requested"),
+        question_id=_STRING,
+        expires_at={"type": "number", "description": "Unix seconds"},
+        call_id=_STRING,
+        tool=_STRING,
+        description=_STRING,
+        args=_ANY_OBJECT,
+        truncated={"type": "boolean", "description": "args are too long to be shown whole"},
+        remember=_list(_enum("turn", "session")),
+        question=_STRING,
+        header={"type": ["string", "null"]},
+        options={"type": ["array", "null"], "items": _STRING},
+        multiple=_BOOLEAN,
+        allow_custom=_BOOLEAN,
     ),
     "TurnResult": _object(
         "session_id turn_id status reply cursor",
@@ -327,12 +365,12 @@ SCHEMAS: t.Final[dict[str, Schema]] = {
     "Cancelled": _object("ok cancelled", ok=_BOOLEAN, cancelled=_INTEGER),
     "Deleted": _object("ok", ok=_BOOLEAN, pending=_BOOLEAN),
     "Session": _object(
-        "session_id state queued questions cursor title created_at updated_at turns usage",
+        "session_id state turn queued questions cursor title created_at updated_at turns usage",
         session_id=_STRING,
         state=_enum("idle", "running", "waiting"),
-        turn={"anyOf": [_TURN, {"type": "null"}]},
-        queued=_list(_TURN),
-        questions=_list(_QUESTION),
+        turn={"anyOf": [_ref("Turn"), {"type": "null"}]},
+        queued=_list(_ref("Turn")),
+        questions=_list(_ref("Question")),
         cursor=_INTEGER,
         title=_STRING,
         created_at=_NUMBER,
@@ -341,7 +379,7 @@ SCHEMAS: t.Final[dict[str, Schema]] = {
         usage=_USAGE,
     ),
     "Rename": {
-        **_object("title", title={"type": "string", "minLength": 1, "maxLength": 200}),
+        **_object("title", title={**_SAID, "maxLength": 200}),
         "additionalProperties": False,
     },
     "Ticket": _object(
@@ -350,29 +388,66 @@ SCHEMAS: t.Final[dict[str, Schema]] = {
         expires_at={"type": "integer", "description": "Unix seconds"},
     ),
     "Named": _object("session_id title", session_id=_STRING, title=_STRING),
+    "SessionInfo": _object(
+        "session_id title created_at updated_at turns usage",
+        session_id=_STRING,
+        title=_STRING,
+        created_at=_NUMBER,
+        updated_at=_NUMBER,
+        turns=_INTEGER,
+        usage=_USAGE,
+    ),
     "SessionPage": _object(
         "sessions next",
-        sessions=_list(
-            _object(
-                "session_id title created_at updated_at turns usage",
-                session_id=_STRING,
-                title=_STRING,
-                created_at=_NUMBER,
-                updated_at=_NUMBER,
-                turns=_INTEGER,
-                usage=_USAGE,
-            )
-        ),
+        sessions=_list(_ref("SessionInfo")),
         next={"type": ["string", "null"], "description": "page= of the next page"},
     ),
-    "MessagePage": _object(
-        "messages more",
-        messages=_list(
-            _object("id role turn_id ts", id=_INTEGER, role=_enum("user", "assistant", "tool"))
-        ),
-        more=_BOOLEAN,
+    "Message": _object(
+        "id role turn_id ts",
+        id=_INTEGER,
+        role=_enum("user", "assistant", "tool"),
+        turn_id=_STRING,
+        ts={"type": "number", "description": "Unix seconds"},
+        content={"type": "string", "description": "Of user and assistant: the text"},
+        images={**_INTEGER, "description": "Of user: how many came with the message"},
+        tool={"type": "string", "description": "Of tool, as are call_id, args and status"},
+        call_id=_STRING,
+        args=_ANY_OBJECT,
+        status=_STRING,
+        duration_ms=_INTEGER,
+        turn_status={"type": "string", "description": "On the last one of a turn: how it ended"},
     ),
+    "MessagePage": _object("messages more", messages=_list(_ref("Message")), more=_BOOLEAN),
 }
+
+
+def _turn_request(limits: Limits) -> Schema:
+    """What a turn is started with. No field has a ``default`` here: generators of clients take
+    that for a field that is always there, and want it from whoever starts a turn."""
+    return _object(
+        "message",
+        message={
+            **_SAID,
+            "maxLength": limits.max_message,
+            "description": "What is said; its limit is in bytes of UTF-8",
+        },
+        images={**_list(_ref("Image")), "maxItems": limits.max_images},
+        on_busy={
+            **_enum("reject", "queue", "interrupt"),
+            "description": "What to do if a turn is running; reject unless told",
+        },
+        on_disconnect={
+            **_enum("cancel", "continue"),
+            "description": "What to do when the last reader leaves; "
+            "cancel unless told for streams, continue for JSON",
+        },
+        timeout={
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "maximum": limits.turn_timeout,
+            "description": "Seconds of running time",
+        },
+    )
 
 
 def _query(name: str, description: str, schema: Schema) -> Schema:
@@ -394,16 +469,28 @@ _PARAMETERS: t.Final[dict[str, Schema]] = {
         "description": "A file of the page",
         "schema": _STRING,
     },
-    "after": _query("after", "The cursor: the last seq (or id) already seen", _INTEGER),
-    "before": _query("before", "Entries older than this id", _INTEGER),
-    "wait": _query("wait", f"Seconds to wait, {MAX_WAIT} at most; 25 by default", _INTEGER),
+    "after": _query("after", "The cursor: the last seq (or id) already seen", _CURSOR),
+    "before": _query("before", "Entries older than this id", _CURSOR),
+    "wait": _query(
+        "wait",
+        f"Seconds to wait, {MAX_WAIT} at most; 25 by default",
+        {**_INTEGER, "maximum": MAX_WAIT},
+    ),
     "limit": _query("limit", "Events at most", {"type": "integer", "minimum": 1, "maximum": 1000}),
     "page_limit": _query(
         "limit", "Entries at most", {"type": "integer", "minimum": 1, "maximum": 200}
     ),
-    "page": _query("page", "The next of the page before", _STRING),
-    "follow": _query(
-        "follow", "1: the stream stays when idle", {"type": "integer", "enum": [0, 1]}
+    "page": _query(
+        "page",
+        "The next of the page before; empty for the first page",
+        {"type": "string", "pattern": PAGE_MARK},
+    ),
+    "follow": _query("follow", "1: the stream stays when idle", _FLAG),
+    "stream": _query(
+        "stream",
+        "1: the answer is a stream, 0: it is JSON, whatever Accept says; for clients that do not "
+        "choose their own Accept",
+        _FLAG,
     ),
     "Prefer": {
         "name": "Prefer",
@@ -416,12 +503,13 @@ _PARAMETERS: t.Final[dict[str, Schema]] = {
         "name": "Idempotency-Key",
         "in": "header",
         "description": "Good for 24 hours: the same body joins the first turn, another is 409",
-        "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+        "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
     },
     "Last-Event-ID": {
         "name": "Last-Event-ID",
         "in": "header",
-        "description": "The cursor of a returning EventSource; wins over after",
-        "schema": _STRING,
+        "description": "The last id a returning client has seen. With a POST that starts a turn: "
+        "go on with the turn of that event, and start none. With GET: wins over after",
+        "schema": _CURSOR,
     },
 }

@@ -6,7 +6,6 @@ import base64
 import binascii
 import hashlib
 import json
-import math
 import re
 import typing as t
 
@@ -32,6 +31,10 @@ _INTEGER = re.compile(r"\d{1,16}")
 #: Below the 60 seconds after which nginx and others give up on an answer, unless told otherwise.
 MAX_WAIT: t.Final = 55
 MAX_TITLE: t.Final = 200
+#: Where a page of sessions ends (see ``mark``), or nothing: the first page.
+PAGE_MARK: t.Final = (
+    r"^([0-9]{1,17}(\.[0-9]{1,17})?(e[+-]?[0-9]{1,2})?~[A-Za-z0-9][A-Za-z0-9._-]{0,127})?$"
+)
 _KEY = re.compile(r"[!-~]{1,255}")
 _MISSING: t.Final = object()
 
@@ -143,16 +146,12 @@ def mark(updated: float, sid: str) -> str:
 
 def page_mark(value: str | None) -> tuple[float, str] | None:
     """What ``mark`` made."""
-    if value is None:
+    if not value:
         return None
     updated, _, sid = value.partition("~")
-    try:
-        moment = float(updated)
-    except ValueError:
-        moment = math.nan
-    if not math.isfinite(moment) or not is_session_id(sid):
+    if not re.fullmatch(PAGE_MARK, value) or not is_session_id(sid):
         raise InvalidRequest("page must be the next of another page", field="page")
-    return moment, sid
+    return float(updated), sid
 
 
 def _message(fields: dict[str, t.Any], limit: int) -> str:
@@ -182,7 +181,9 @@ def _text(value: t.Any, field: str) -> str:
 
 
 def _choice(fields: dict[str, t.Any], name: str, default: str, choices: tuple[str, ...]) -> t.Any:
-    value = fields.get(name, default)
+    value = fields.get(name)
+    if value is None:
+        return default
     if value not in choices or not isinstance(value, str):
         raise InvalidRequest(f"{name} must be one of {', '.join(choices)}", field=name)
     return value

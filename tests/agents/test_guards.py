@@ -171,7 +171,7 @@ def test_a_pattern_of_the_model_ends_and_stops_nobody(
 ) -> None:
     monkeypatch.setattr(guards, "SEARCH_SECONDS", 0.5)
     compiled = search.re.compile(pattern, 0)
-    began = time.monotonic()
+    began = time.process_time()
 
     def run() -> None:
         try:
@@ -181,7 +181,7 @@ def test_a_pattern_of_the_model_ends_and_stops_nobody(
             assert "simpler" in str(ended)
 
     assert longest_gap(run) < 1
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_the_time_is_for_all_lines_together() -> None:

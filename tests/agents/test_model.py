@@ -45,12 +45,11 @@ from tests.model_server import slow_headers
 from tests.model_server import think
 from tests.model_server import tokens
 from tests.model_server import vanish
+from tests.patience import PATIENCE
 
-#: A safety net for waits between threads, never a measure.
-LONG = 20.0
 #: A stop takes about a millisecond; the rest is for machines that do something else meanwhile.
-#: Still far from what ends a call otherwise: the read timeout, after a minute.
-SOON = 15.0
+#: Still not what ends a call otherwise: the read timeout, after a minute.
+SOON = 50.0
 #: A self-signed certificate is cheap where there is an openssl.
 SCHEMES = ["http", "https"] if shutil.which("openssl") else ["http"]
 
@@ -75,7 +74,7 @@ class Turn:
         self._token.cancel("test")
 
     def join(self) -> None:
-        self._thread.join(LONG)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the turn did not end"
 
     def assert_cancelled(self, request: Request | None = None) -> None:
@@ -119,14 +118,14 @@ class Agent:
 
     def wait_for_chunks(self, count: int) -> None:
         with self._emitted:
-            assert self._emitted.wait_for(lambda: len(self.chunks) >= count, LONG)
+            assert self._emitted.wait_for(lambda: len(self.chunks) >= count, PATIENCE)
 
     def wait_for_event(self, kind: str) -> AgentEvent:
         def found() -> AgentEvent | None:
             return next((event for event in self.events if event.type == kind), None)
 
         with self._emitted:
-            assert self._emitted.wait_for(lambda: found() is not None, LONG)
+            assert self._emitted.wait_for(lambda: found() is not None, PATIENCE)
             return t.cast(AgentEvent, found())
 
     @property
@@ -233,7 +232,7 @@ def both_schemes(test: cabc.Callable[..., None]) -> t.Any:
 
 def until(holds: cabc.Callable[[], bool]) -> None:
     """Look again and again; for what neither side can tell us."""
-    deadline = time.monotonic() + LONG
+    deadline = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < deadline
         threading.Event().wait(0.002)
@@ -469,7 +468,7 @@ def test_a_stream_is_read_as_the_sdk_reads_it(make_pool: MakePool, name: str) ->
             theirs = read(LLMClient(log_file=None, logger=LOGGER, **llm))
         finally:
             provider.shutdown()
-            serving.join(LONG)
+            serving.join(PATIENCE)
 
     assert ours == theirs
 
@@ -504,7 +503,7 @@ def test_a_stop_in_the_middle_of_silence_keeps_the_text(agent: Agent, server: Mo
 
 
 @both_schemes
-@pytest.mark.parametrize("reply", [hang_after(), hang(), slow_headers(LONG)])
+@pytest.mark.parametrize("reply", [hang_after(), hang(), slow_headers(PATIENCE)])
 def test_a_stop_before_the_first_token(agent: Agent, server: ModelServer, reply: Reply) -> None:
     server.script(reply)
     turn = agent.start()
@@ -594,10 +593,10 @@ def test_a_stop_while_connecting(make_agent: MakeAgent) -> None:
 def test_a_stop_in_the_tls_handshake(make_agent: MakeAgent) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         turn = make_agent(base_url=f"https://127.0.0.1:{listener.getsockname()[1]}/v1").start()
-        listener.settimeout(LONG)
+        listener.settimeout(PATIENCE)
         peer, _ = listener.accept()
         with peer:
-            peer.settimeout(LONG)
+            peer.settimeout(PATIENCE)
             assert peer.recv(1)
 
             turn.cancel()

@@ -42,9 +42,9 @@ from tests.agents.scripted_llm import ScriptedLLM
 from tests.agents.scripted_llm import call
 from tests.agents.scripted_llm import say
 from tests.agents.test_build import Asked
+from tests.patience import PATIENCE
 
 ANN = Principal("shop", "ann")
-PATIENCE = 20.0
 LOG = logging.getLogger("agentao_web")
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import collections.abc as cabc
 import contextlib
 import dataclasses
+import re
 import select
 import socket
 import struct
 import threading
 import time
 import typing as t
+
+from tests.patience import PATIENCE
 
 _PIECE = 65_536
 #: Between two looks whether the proxy is to end, in seconds.
@@ -26,6 +29,8 @@ class Fault:
     ]
     after: int = 0
     """So many bytes of the answers (of the requests, for ``cut_request``) go through before it."""
+    behind: bytes = b""
+    """A regular expression: bytes of the answers are counted from the end of its first match."""
 
 
 class Proxy:
@@ -48,7 +53,7 @@ class Proxy:
     def __exit__(self, *exc: object) -> None:
         self._ends.set()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(PATIENCE)
         self._listener.close()
 
     def _start(self, run: cabc.Callable[..., None], *arguments: t.Any) -> None:
@@ -69,7 +74,7 @@ class Proxy:
             if fault.kind == "mute":
                 self._until_closed(client)
                 return
-            with socket.create_connection(("127.0.0.1", self._port), 10) as server:
+            with socket.create_connection(("127.0.0.1", self._port), PATIENCE) as server:
                 self._carry(client, server, fault)
 
     def _until_closed(self, client: socket.socket) -> None:
@@ -80,6 +85,7 @@ class Proxy:
     def _carry(self, client: socket.socket, server: socket.socket, fault: Fault) -> None:
         asked = told = 0
         held = b""
+        after = None if fault.behind else fault.after
         while not self._ends.is_set():
             for sock in select.select([client, server], [], [], _LOOK)[0]:
                 data = sock.recv(_PIECE)
@@ -105,8 +111,13 @@ class Proxy:
                     continue
                 if not data:
                     return
-                if fault.kind in ("cut", "reset", "stall") and told + len(data) > fault.after:
-                    client.sendall(data[: fault.after - told])
+                if after is None:
+                    held += data
+                    if (match := re.search(fault.behind, held)) is not None:
+                        after = match.end() + fault.after
+                cuts = fault.kind in ("cut", "reset", "stall") and after is not None
+                if cuts and told + len(data) > after:
+                    client.sendall(data[: after - told])
                     if fault.kind == "stall":
                         self._until_closed(client)
                     if fault.kind == "reset":

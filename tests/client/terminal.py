@@ -31,6 +31,11 @@ def environ(**more: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(PROJECT), "TERM": "dumb", "PYTHONUTF8": "1", **more}
 
 
+#: After so many seconds without a word a person presses the key again. Longer than a stop takes:
+#: a second Ctrl-C while the first is at work leaves the conversation.
+_SILENCE = 20.0
+
+
 class Terminal:
     """``agentao-web chat`` with *arguments*, seen and typed to."""
 
@@ -59,26 +64,35 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def until(self, pattern: str) -> str:
-        """What was shown since the last time, up to *pattern* and with it."""
+    def until(self, pattern: str, *, press: str = "") -> str:
+        """What was shown since the last time, up to *pattern* and with it; see ``_read``."""
+        self.type(press)
         until = time.monotonic() + PATIENCE
         while True:
             found = re.compile(pattern).search(self.shown, self._seen)
             if found:
                 before, self._seen = self._seen, found.end()
                 return self.shown[before : found.end()]
-            assert time.monotonic() < until and self._read(), (
+            assert time.monotonic() < until and self._read(press), (
                 f"no {pattern!r} in {self.shown[self._seen :]!r}"
             )
 
-    def end(self) -> int:
-        """Its exit code, after all is shown."""
-        while self._read():
+    def end(self, *, press: str = "") -> int:
+        """Its exit code, after all is shown; see ``_read``."""
+        self.type(press)
+        while self._read(press):
             pass
         return self._process.wait(PATIENCE)
 
-    def _read(self) -> bool:
-        """Whether there was more; False at its end."""
+    def _read(self, press: str = "") -> bool:
+        """Whether there was more; False at its end.
+
+        In silence *press* is pressed once more, as people do: CPython's readline looks for signals
+        only when its wait for a key is interrupted, so one that comes just before is seen with the
+        next key.
+        """
+        if press and not select.select([self._master], [], [], _SILENCE)[0]:
+            self.type(press)
         if not select.select([self._master], [], [], PATIENCE)[0]:
             return False
         with contextlib.suppress(OSError):

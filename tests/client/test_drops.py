@@ -84,14 +84,14 @@ def test_a_lost_answer_to_the_message_does_not_send_it_twice(server: Server, sid
 
 
 def test_a_connection_that_never_answers_is_not_waited_for(server: Server, sid: str) -> None:
-    with Proxy(server.port, [Fault("mute")]) as proxy, client_of(proxy.url, timeout=1) as client:
+    with Proxy(server.port, [Fault("mute")]) as proxy, client_of(proxy.url, timeout=8) as client:
         assert client.ask(sid, "say hi").text == "hi"
         assert client._ways.stream, "once may be a bad moment"
 
 
 def test_behind_a_proxy_that_holds_streams_back_it_polls(server: Server, sid: str) -> None:
     faults = [Fault("buffer")] * 500
-    with Proxy(server.port, faults) as proxy, client_of(proxy.url, timeout=2) as client:
+    with Proxy(server.port, faults) as proxy, client_of(proxy.url, timeout=5) as client:
         for n, message in enumerate(("take 5 seconds", "take 5 seconds")):
             events = list(client.chat(f"{sid}-{n}", message))
             assert merged(events) == log_of(server, f"{sid}-{n}")
@@ -156,7 +156,7 @@ def test_without_a_place_for_streams_it_polls(tmp_path: Path) -> None:
 
 def test_a_stream_that_falls_silent_is_left(server: Server, sid: str) -> None:
     with Proxy(server.port, [Fault("stall", 900)]) as proxy:
-        with client_of(proxy.url, silence=2.5) as client:
+        with client_of(proxy.url, silence=6) as client:
             turn = client.chat(sid, "count to 20")
             assert merged(turn) == log_of(server, sid)
             assert proxy.connections >= 2 and not turn._polls
@@ -165,7 +165,7 @@ def test_a_stream_that_falls_silent_is_left(server: Server, sid: str) -> None:
 def test_a_killed_worker_is_told_and_the_client_goes_on(tmp_path: Path) -> None:
 
     with ModelServer() as model:
-        env = model_env(model, AGENTAO_WORKER_LEASE="1.5")
+        env = model_env(model, AGENTAO_WORKER_LEASE="5")
         with Server(tmp_path, "--workers", "2", **env) as two, client_of(two.url) as client:
             told = []
             for event in client.chat("a", "hang_after half"):

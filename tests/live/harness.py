@@ -19,10 +19,10 @@ import httpx
 from agentao_web import Principal
 from agentao_web.auth import Tokens
 from tests.model_server import ModelServer
+from tests.patience import PATIENCE
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent
-PATIENCE = 30.0
 KEY = "the-live-tests-own-key"
 
 
@@ -118,7 +118,7 @@ class Server:
                 time.sleep(0.02)  # Between two looks at another process.
                 continue
             with contextlib.suppress(httpx.TransportError):
-                if self.client.get("/healthz", timeout=2).status_code == 200:
+                if self.client.get("/healthz", timeout=10).status_code == 200:
                     return
             assert time.monotonic() < until, self.log.read_text()
 
@@ -163,7 +163,7 @@ class Server:
         response = self.client.post(
             f"/chat/{sid}",
             json={"message": message, **fields},
-            headers={"Accept": "application/json", "Prefer": "wait=25"},
+            headers={"Accept": "application/json", "Prefer": "wait=50"},
         )
         assert response.status_code == 200, response.text
         return t.cast(dict[str, t.Any], response.json())

@@ -113,7 +113,7 @@ class Nginx:
         while True:
             assert self.process.poll() is None, self._complaint()
             with contextlib.suppress(httpx.TransportError):
-                httpx.get(self.plain_url, timeout=2, trust_env=False)
+                httpx.get(self.plain_url, timeout=10, trust_env=False)
                 return
             assert time.monotonic() < until, self._complaint()
 

@@ -7,7 +7,6 @@ import json
 import signal
 import socket
 import threading
-import time
 import typing as t
 from pathlib import Path
 
@@ -166,7 +165,7 @@ def test_a_turn_started_as_json_does_not_need_a_reader(tmp_path: Path, model: Mo
 
 
 def test_sigterm_ends_turns_streams_and_agents(tmp_path: Path) -> None:
-    with scripted(tmp_path) as server:
+    with scripted(tmp_path, "--graceful-timeout", "3600") as server:
         ends: dict[str, list[dict[str, t.Any]]] = {}
         begun = threading.Semaphore(0)
 
@@ -195,12 +194,10 @@ def test_sigterm_ends_turns_streams_and_agents(tmp_path: Path) -> None:
         queued = server.post("a", "later", on_busy="queue")
         assert queued.json()["status"] == "queued"
 
-        start = time.monotonic()
         server.signal(signal.SIGTERM)
         for thread in threads:
             thread.join(PATIENCE)
-        assert server.wait() == 0
-        assert time.monotonic() - start < 13, "gone before graceful_timeout"
+        assert server.wait() == 0, "gone of its own accord"
         for sid in "abcd":
             assert ends[sid][-1]["data"]["reason"] == "server_shutdown"
         assert ends["d"][-1]["data"]["details"] == {"abandoned": True}

@@ -458,7 +458,7 @@ def test_the_hosts_own_pages_are_behind_it_too(tmp_path: Path, http2: bool) -> N
         answer = client.post(
             "/agents/chat/s",
             json={"message": "hi"},
-            headers={"Accept": "application/json", "Prefer": "wait=20"},
+            headers={"Accept": "application/json", "Prefer": "wait=50"},
         )
         assert answer.json()["reply"] == "hello"
         home = answer.headers["X-Worker"]

@@ -65,7 +65,7 @@ def ask(server: Server, sid: str) -> None:
         "POST",
         f"/chat/{sid}",
         json={"message": "hello"},
-        headers={"Prefer": "wait=25", "X-Request-Id": f"r-{sid}"},
+        headers={"Prefer": "wait=50", "X-Request-Id": f"r-{sid}"},
     )
     assert response.status_code == 200 and response.json()["status"] == "completed", response.text
     assert response.headers["X-Request-Id"] == f"r-{sid}"

@@ -200,7 +200,7 @@ def test_fetch_goes_on_where_a_stream_ended(shop: Server, page: Page) -> None:
 
 
 def test_an_event_source_outlives_its_ticket(shop: Server, page: Page) -> None:
-    headers = {"Accept": "application/json", "Prefer": "wait=25"}
+    headers = {"Accept": "application/json", "Prefer": "wait=50"}
     first = shop.client.post("/agent/chat/s", json={"message": "say one"}, headers=headers)
     assert first.status_code == 200
     tickets = requests_of(page, "/agent/session/s/ticket")

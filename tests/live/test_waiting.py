@@ -93,7 +93,7 @@ def test_a_stream_ends_and_resumes_while_it_waits(tmp_path: Path, model: ModelSe
 def test_a_killed_worker_takes_its_question_along_and_everybody_is_told(
     tmp_path: Path, model: ModelServer
 ) -> None:
-    env = model_env(model, AGENTAO_WORKER_LEASE="1.5")
+    env = model_env(model, AGENTAO_WORKER_LEASE="5")
     with Server(tmp_path, "--workers", "2", **env) as server:
         client = Client(server)
         started = client.begin("s", WRITE)

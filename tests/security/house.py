@@ -18,9 +18,9 @@ from agentao_web.auth import Tokens
 from agentao_web.core.names import SessionKey
 from agentao_web.extension import pool_of
 from tests.model_server import ModelServer
+from tests.patience import PATIENCE
 
 KEY = "the-security-tests-own-key"
-PATIENCE = 30.0
 
 
 class House:

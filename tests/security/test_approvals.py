@@ -14,13 +14,13 @@ from agentao_web.testing import ask
 from agentao_web.testing import ask_user
 from agentao_web.testing import say
 from tests import test_views as views
+from tests.patience import PATIENCE
 from tests.test_views import Make
 from tests.test_views import Web
 from tests.test_views import assert_error
 
 web = views.web
 
-PATIENCE = 20.0
 ANN = Principal("acme", "ann")
 STRANGERS = (Principal("acme", "bob"), Principal("other", "ann"), Principal("acme"))
 
@@ -52,7 +52,7 @@ def test_a_stranger_neither_sees_nor_answers(web: Make, theirs: bool) -> None:
     question = opened(w)
     for who in STRANGERS:
         if theirs:
-            w.post("/chat/s", {"message": "hi"}, who, Prefer="wait=20", Accept="application/json")
+            w.post("/chat/s", {"message": "hi"}, who, Prefer="wait=50", Accept="application/json")
             assert w.get("/session/s", who).json["questions"] == []
             log = w.get("/chat/s/events?wait=0", who).json["events"]
             assert question["question_id"] not in json.dumps(log)

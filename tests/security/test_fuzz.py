@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import collections.abc as cabc
 import itertools
 import tempfile
@@ -31,6 +32,13 @@ KEY = "the-key-of-the-fuzzing-tests"
 #: Two users of one tenant and one of another, all with the same few session ids.
 WHO = (Principal("acme", "ann"), Principal("acme", "bob"), Principal("globex", "ann"))
 SIDS = ("a", "b", "long-lived")
+#: A pixel.
+PICTURE: t.Final = {
+    "mimeType": "image/gif",
+    "data": base64.b64encode(
+        b"GIF89a\1\0\1\0\x80\0\0\0\0\0\xff\xff\xff!\xf9\4\1\0\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;"
+    ).decode(),
+}
 CHECKED: t.Final = (
     "not_a_server_error",
     "status_code_conformance",
@@ -97,7 +105,13 @@ def test_every_answer_is_in_the_contract(
             if case.query and "wait" in case.query:
                 # A whole minute of silence would be a good answer too.
                 case.query["wait"] = 0
+            if isinstance(case.body, dict) and case.body.get("images"):
+                # That a text is an image of its type is more than a schema can say.
+                case.body["images"] = [PICTURE for _ in case.body["images"]]
         response = case.call(headers={"Authorization": f"Bearer {token}"})
         case.validate_response(response, checks=[CHECKS.get_one(name) for name in CHECKED])
+        if mode is GenerationMode.POSITIVE:
+            # What the document allows is not refused for what it is; nothing here is too large.
+            assert response.status_code not in (400, 406, 413, 415), (case.query, case.body)
 
     ask_for()

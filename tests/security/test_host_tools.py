@@ -16,7 +16,7 @@ from agentao_web import Principal
 from agentao_web import shutdown
 from tests.model_server import ModelServer
 
-WAIT = {"Accept": "application/json", "Prefer": "wait=20", "Sec-Fetch-Site": "same-origin"}
+WAIT = {"Accept": "application/json", "Prefer": "wait=50", "Sec-Fetch-Site": "same-origin"}
 SECRET = "postgresql://shop:hunter2@db.internal/shop"
 
 

@@ -34,9 +34,9 @@ from tests.model_server import fail
 from tests.model_server import hang
 from tests.model_server import length
 from tests.model_server import say
+from tests.patience import PATIENCE
 
 KEY = "the-limits-test-key"
-PATIENCE = 20
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(200))
 JSON = {"Accept": "application/json"}
 

@@ -294,7 +294,7 @@ def test_a_hanging_server_delays_nobody_else_and_its_own_not_for_ever(
 ) -> None:
     seen = tmp_path / "pids"
     rules = tenants(tmp_path, "[tenants.beta]\nmcp = []\n")
-    here = house({"hang": entry("hang", "pid", str(seen), timeout=4), "t": entry()}, tenants=rules)
+    here = house({"hang": entry("hang", "pid", str(seen), timeout=20), "t": entry()}, tenants=rules)
     here.start("say late")
     until(lambda: pids(seen), "it never started")
     assert here.ask("say hi", "beta/bob")["reply"] == "hi"

@@ -54,7 +54,7 @@ class Site:
         self.seen: list[str] = []
         self.app.after_request(self._note)
         for user, sid in (("ann", "s"), ("ann", "other"), ("bob", "s")):
-            headers = {**JSON, "Prefer": "wait=20"}
+            headers = {**JSON, "Prefer": "wait=50"}
             started = self.call("POST", f"/chat/{sid}", user, headers, json={"message": "hello"})
             assert started.status_code == 200, started.text
 
@@ -271,7 +271,7 @@ def test_it_carries_who_logged_in_by_cookie(tmp_path: Path, secret: t.Any) -> No
     try:
         client = app.test_client()
         client.set_cookie("user", "ann")
-        headers = {**JSON, **OWN_PAGE, "Prefer": "wait=20"}
+        headers = {**JSON, **OWN_PAGE, "Prefer": "wait=50"}
         assert client.post("/a/chat/s", json={"message": "x"}, headers=headers).status_code == 200
         assert client.post("/a/session/s/ticket").status_code == 403, "another site's page"
         other = {"Sec-Fetch-Site": "cross-site"}

@@ -38,6 +38,7 @@ from agentao_web.store import Left
 from agentao_web.store import Orphan
 from agentao_web.store import Revocation
 from agentao_web.store import Signal
+from agentao_web.store import Spoken
 from agentao_web.store import Store
 from agentao_web.store import TurnRow
 from agentao_web.store.memory import MemoryStore
@@ -487,6 +488,9 @@ def test_the_transcript_is_paged_both_ways(store: Store) -> None:
     assert ids(after=0) == ([1, 2], True)
     assert ids(after=4) == ([5, 6], False)
     assert ids(after=99) == ([], False)
+    assert ids(after=1, before=5) == ([2, 3], True)
+    assert ids(after=2, before=5) == ([3, 4], False)
+    assert ids(after=3, before=1) == ([], False)
 
 
 def test_how_a_turn_ended_can_be_asked_later(store: Store) -> None:
@@ -499,6 +503,40 @@ def test_how_a_turn_ended_can_be_asked_later(store: Store) -> None:
     after = store.events(KEY, end.cursor, limit=9, max_bytes=10**6).events
     assert [e.type for e in after] == ["turn_begin", "done"]
     assert store.ended(KEY, "unknown") is None
+
+
+def test_whose_event_a_number_is(two: tuple[Store, Store]) -> None:
+    store, other = two
+    first = run(store, "t1")
+    mine = [t.cast(int, event.seq) for event in log(store)]
+    held = store.claim(KEY, row("t2", "the second"), OPENING, 1.0)
+    enqueue(store, "t3")
+    queued = Event(first_seq(held.generation) + 2, "t3", "turn_queued", {"position": 1}, 2.0)
+    append(store, held, [queued, text(held, 3, "x")])
+    assert [other.spoken(KEY, seq) for seq in mine] == [Spoken("t1", "hello")] * len(mine)
+    begin = first_seq(held.generation) + 1
+    assert other.spoken(KEY, begin) == Spoken("t2", "the second")
+    assert other.spoken(KEY, begin + 1) == Spoken("t3", "hello"), "said of one that waits"
+    assert other.spoken(KEY, begin + 2) == Spoken("t2", "the second")
+    assert other.spoken(KEY, begin + 3) == Spoken("t2", "the second"), "shown, and not stored yet"
+    store.finish(held, ending(held, 4))
+    assert other.spoken(KEY, begin + 3) == Spoken("t2", "the second")
+    for number in (0, 1, mine[-1] + 1, begin + 4, first_seq(held.generation + 1) + 1, 2**53 - 1):
+        assert other.spoken(KEY, number) is None, number
+    assert first_seq(first.generation) < mine[0]
+
+
+def test_whose_event_it_was_is_known_when_the_log_has_forgotten_it(open_store: Open) -> None:
+    store = open_store(log_bytes=20_000)
+    seqs = []
+    for n in range(30):
+        held = claim(store, f"t{n}")
+        append(store, held, [text(held, i, "x" * 300) for i in range(2, 7)])
+        store.finish(held, ending(held, 7))
+        seqs.append(first_seq(held.generation) + 3)
+    assert log(store)[0].seq > seqs[0]
+    for n, seq in enumerate(seqs):
+        assert store.spoken(KEY, seq) == Spoken(f"t{n}", "hello")
 
 
 # -- the queue ---------------------------------------------------------------------------------
@@ -1316,6 +1354,7 @@ UNKNOWN: dict[str, tuple[cabc.Callable[[Store, SessionKey], t.Any], t.Any]] = {
     "end_queued": (lambda s, k: s.end_queued(k, "t3", stop(), 1.0), None),
     "active": (lambda s, k: s.active(k), []),
     "ended": (lambda s, k: s.ended(k, "t1"), None),
+    "spoken": (lambda s, k: s.spoken(k, _head(s)), None),
     "session": (lambda s, k: s.session(k), None),
     "sessions": (lambda s, k: s.sessions(k.tenant, k.user, before=None, limit=9), []),
     "heads": (lambda s, k: s.heads([k]), {}),
@@ -1334,6 +1373,12 @@ UNKNOWN: dict[str, tuple[cabc.Callable[[Store, SessionKey], t.Any], t.Any]] = {
     "append": (lambda s, k: append(s, _foreign(s, k), []), ClaimLost),
     "finish": (lambda s, k: s.finish(_foreign(s, k), ending(_foreign(s, k), 2)), ClaimLost),
 }
+
+
+def _head(store: Store) -> int:
+    session = store.session(KEY)
+    assert session is not None
+    return session.head
 
 
 def _foreign(store: Store, key: SessionKey) -> Claim:

@@ -19,8 +19,8 @@ from agentao_web.core.turn import State
 from agentao_web.store import Claim
 from agentao_web.store import Finish
 from agentao_web.store.writer import Writer
+from tests.patience import PATIENCE
 
-PATIENCE = 20.0
 LOG = logging.getLogger("test-writer")
 CLAIM = Claim(SessionKey("a", "", "s"), 1, "t1", Event(1, "t1", "turn_begin", {}, 0.0))
 
