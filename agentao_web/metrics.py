@@ -30,6 +30,7 @@ import typing as t
 import uuid
 from pathlib import Path
 
+from agentao_web.core import clean
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
@@ -210,7 +211,7 @@ class Metrics(Observer):
     ) -> None:
         for kind in ("prompt", "completion"):
             tokens = call.get(f"{kind}_tokens")
-            if isinstance(tokens, int):
+            if clean.is_tokens(tokens):
                 self._count("agentao_tokens_total", kind, by=tokens, tenant=key.tenant)
 
     def ended(self, key: SessionKey, turn: Turn, outcome: Outcome, now: float) -> None:

@@ -30,6 +30,7 @@ from agentao_web.agents.llm import ModelPool
 from agentao_web.agents.mcp import Server
 from agentao_web.agents.mcp import read_servers
 from agentao_web.agents.memory import open_memory
+from agentao_web.agents.messages import Messages
 from agentao_web.agents.quota import Quota
 from agentao_web.agents.shell import Executor
 from agentao_web.agents.shell import Unconfined
@@ -166,6 +167,8 @@ class AgentaoAgents:
     def build(self, key: SessionKey, history: History) -> AgentaoAgent:
         guards.install()
         principal = Principal(key.tenant, key.user)
+        # One that was stored by an earlier version may have texts no model takes.
+        history = dataclasses.replace(history, messages=Messages(history.messages))
         workspace = self.workspaces.make(key)
         rules = self._rules(principal)
         meter = self._meter(principal, rules)

@@ -14,6 +14,7 @@ import threading
 import time
 import typing as t
 
+from agentao_web.core import clean
 from agentao_web.core.errors import BudgetExhausted
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import IdempotencyConflict
@@ -91,11 +92,6 @@ def share(left: int, least: int, most: int) -> int:
 def title_of(message: str) -> str:
     """What a session is called until someone renames it."""
     return " ".join(message.split())[:_TITLE_LENGTH]
-
-
-def added(usage: cabc.Mapping[str, int], more: cabc.Mapping[str, int]) -> dict[str, int]:
-    """Both usages together."""
-    return {name: usage.get(name, 0) + more.get(name, 0) for name in (*usage, *more)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +292,7 @@ class MemoryStore:
             record.row = dataclasses.replace(
                 record.row,
                 updated=finish.now,
-                usage=added(record.row.usage, finish.outcome.usage),
+                usage=clean.usage(record.row.usage, finish.outcome.usage),
                 version=claim.generation,
                 turn_id=None,
             )
@@ -479,7 +475,8 @@ class MemoryStore:
         if (tenant, day) not in self._spent:
             first = first_day(day)
             self._spent = {k: v for k, v in self._spent.items() if k[1] >= first}
-        self._spent[tenant, day] = max(0, self._spent.get((tenant, day), 0) + tokens)
+        total = self._spent.get((tenant, day), 0) + tokens
+        self._spent[tenant, day] = min(max(0, total), clean.MAX_TOKENS)
 
     # -- workers -------------------------------------------------------------------------------
 

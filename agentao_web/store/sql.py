@@ -15,6 +15,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
+from agentao_web.core import clean
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import Quota
@@ -51,7 +52,6 @@ from agentao_web.store.memory import PRUNED
 from agentao_web.store.memory import TURN_ENDED
 from agentao_web.store.memory import FoundOrphan
 from agentao_web.store.memory import KnownKey
-from agentao_web.store.memory import added
 from agentao_web.store.memory import check_use
 from agentao_web.store.memory import first_day
 from agentao_web.store.memory import page_of
@@ -254,7 +254,7 @@ class SqlStore:
             if values["log_bytes"] > self._log_bytes:
                 values |= steps.prune(db, session, values["log_bytes"], self._log_bytes)
             values |= steps.converse(db, session, finish)
-            values |= {"usage": added(session.usage, finish.outcome.usage)}
+            values |= {"usage": clean.usage(session.usage, finish.outcome.usage)}
             values |= {"updated": finish.now, "version": claim.generation}
             steps.change(db, session, {**values, "generation": None, "turn_id": None})
             _end(db, session, claim.turn_id, finish.events[-1])
@@ -650,7 +650,7 @@ def _budget(db: sa.Connection, tenant: str, day: str) -> int | None:
 
 
 def _pay(db: sa.Connection, tenant: str, day: str, spent: int | None, tokens: int) -> None:
-    total = max(0, (spent or 0) + tokens)
+    total = min(max(0, (spent or 0) + tokens), clean.MAX_TOKENS)
     if spent is None:
         # The first of its day: whoever else inserts it now makes one of us try again.
         db.execute(sa.insert(budgets).values(tenant=tenant, day=day, spent=total))
