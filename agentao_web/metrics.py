@@ -147,6 +147,18 @@ METRICS: t.Final = {
             "counter",
             "About how many bytes of events were written.",
         ),
+        Metric(
+            "agentao_cleanup_failures_total",
+            "counter",
+            "Failed attempts to remove a deleted session or to close a turn nobody runs.",
+            ("kind",),
+        ),
+        Metric(
+            "agentao_cleanups_stuck",
+            "gauge",
+            "Deleted sessions and lost turns that could not be cleaned up yet.",
+            merge="max",
+        ),
         Metric("agentao_workers", "gauge", "Workers that answer here."),
         Metric(
             "agentao_worker_heartbeat_age_seconds",
@@ -243,6 +255,9 @@ class Metrics(Observer):
 
     def store_failed(self) -> None:
         self._count("agentao_store_errors_total")
+
+    def stumbled(self, kind: str) -> None:
+        self._count("agentao_cleanup_failures_total", kind)
 
     def ticked(self) -> None:
         now = time.monotonic()

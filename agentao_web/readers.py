@@ -199,7 +199,7 @@ class Reader:
 
     def _on_close(self) -> None:
         self.left = True
-        self.live.wake()
+        self.live.wake(self)
 
 
 class Dialect(t.Protocol):

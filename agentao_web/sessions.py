@@ -152,6 +152,7 @@ class SessionPool:
             self._books,
             max_turns=caps.max_turns,
             question_timeout=caps.question_timeout,
+            patience=caps.worker_lease,
             clock=self.clock,
             log=self._log,
             observer=self._observer,
@@ -239,6 +240,7 @@ class SessionPool:
             "agentao_threads_given_up": float(self._books.given_up),
             "agentao_sessions_in_memory": float(len(self._map)),
             "agentao_store_lag_seconds": self._writer.lag,
+            "agentao_cleanups_stuck": float(self._runner.endings.chores.stuck()),
         }
         if self._pid is not None and not self._closed.is_set():
             found["agentao_worker_heartbeat_age_seconds"] = self._peers.last_beat
@@ -340,7 +342,7 @@ class SessionPool:
             )
         except StoreUnavailable:
             # Its commit may have gone through all the same, and nobody would ever run it.
-            self._runner.end_later(live.key, turn.turn.id)
+            self._runner.endings.end_later(live.key, turn.turn.id)
             raise
 
     def _wait_elsewhere(self, live: Live, turn: LiveTurn) -> None:
@@ -538,9 +540,9 @@ class SessionPool:
         ended = self._books.wait_quiet(lambda: not live.turns(), until)
         while ended and self.store.active(key):
             ended = time.monotonic() < until and not self._closed.wait(_ASK)
-        if ended:
-            self.remove(key)
-        return ended
+        # What cannot be removed now is tried again by the janitor.
+        chores = self._runner.endings.chores
+        return ended and chores.attempt("remove_session", key, functools.partial(self.remove, key))
 
     def remove(self, key: SessionKey) -> None:
         """Finish the deletion of a session that has a tombstone and no turn."""
@@ -610,7 +612,10 @@ class SessionPool:
     def tick(self, now: float) -> None:
         """Look at every deadline once: turns, readers that left, idle sessions."""
         for turn, live in self._books.running():
-            self._check(live, turn, now)
+            try:
+                self._check(live, turn, now)
+            except Exception:
+                self._log.exception("a turn's deadlines could not be looked at")
         # Not every place that comes free has a thread at hand: who parks gives one back too.
         self._runner.next_in_line()
         with self._lock:

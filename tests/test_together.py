@@ -263,12 +263,11 @@ def test_a_queued_turn_the_store_could_not_end_is_ended_later(crew: Crew) -> Non
     one.run("first")
     gone = TurnRow("t-of-a-dead-worker", "two", 0, 1.0, "a-dead-worker")
     one.store.enqueue(one.key(), gone, limit=4)
-    (orphan,) = one.store.orphans(4.5)
-    good, runner = one.store.end_queued, one.pool._runner
+    (orphan,) = one.store.orphans(())
+    good, endings = one.store.end_queued, one.pool._runner.endings
     one.store.end_queued = refuse
     with pytest.raises(StoreUnavailable):
-        runner.reap(orphan)
-    runner.reap_later(orphan)
+        endings.reap(orphan)
     one.store.end_queued = good
     one.pool._peers._looked = 0.0
     look(one.pool.clock())

@@ -33,7 +33,7 @@ def restore(agent: t.Any, state: cabc.Mapping[str, t.Any]) -> None:
 
 def _short(items: cabc.Iterable[cabc.Mapping[str, t.Any]]) -> list[dict[str, str]]:
     first = list(items)[:MAX_TODOS]
-    return [{key: clean.text(str(value))[:MAX_TEXT] for key, value in item.items()} for item in first]
+    return [{key: clean.words(value)[:MAX_TEXT] for key, value in i.items()} for i in first]
 
 
 def _texts(items: t.Any, *keys: str) -> list[dict[str, str]]:

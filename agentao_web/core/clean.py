@@ -71,7 +71,8 @@ def texts(value: t.Any, depth: int = MAX_DEPTH) -> t.Any:
         return text(value)
     if depth and isinstance(value, dict):
         found = {texts(key): texts(item, depth - 1) for key, item in value.items()}
-        return value if all(map(_is, [*found, *found.values()], [*value, *value.values()])) else found
+        before, after = [*value, *value.values()], [*found, *found.values()]
+        return value if all(map(_is, after, before)) else found
     if depth and isinstance(value, list):
         items = [texts(item, depth - 1) for item in value]
         return value if all(map(_is, items, value)) else items

@@ -182,6 +182,7 @@ class MemoryStore:
         self._log_bytes = log_bytes
         self._clock = clock
         self._beats: dict[str, float] = {}
+        """By the worker: how often it has shown that it lives."""
         self._spent: dict[tuple[str, str], int] = {}
         self._revoked: dict[tuple[str, str | None], float] = {}
         #: What was asked -> of which worker; asked twice is asked once.
@@ -423,7 +424,8 @@ class MemoryStore:
             record = self._records.get(key)
             if record is None:
                 return False
-            record.row = dataclasses.replace(record.row, deleting=True)
+            since = record.row.updated if record.row.deleting else time.time()
+            record.row = dataclasses.replace(record.row, deleting=True, updated=since)
             for turn_id in list(record.endings):
                 _unqueue(record, turn_id)
             return True
@@ -451,7 +453,8 @@ class MemoryStore:
             keys = [row.key for row in old[:PRUNED]]
             for key in keys:
                 record = self._records[key]
-                record.row = dataclasses.replace(record.row, deleting=True)
+                now = time.time()
+                record.row = dataclasses.replace(record.row, deleting=True, updated=now)
         return keys
 
     # -- tokens --------------------------------------------------------------------------------
@@ -482,7 +485,11 @@ class MemoryStore:
 
     def beat(self, worker: str) -> None:
         with self._lock:
-            self._beats[worker] = self._clock()
+            self._beats[worker] = self._beats.get(worker, 0.0) + 1
+
+    def beats(self) -> dict[str, float]:
+        with self._lock:
+            return dict(self._beats)
 
     def leave(self, worker: str) -> None:
         with self._lock:
@@ -507,14 +514,14 @@ class MemoryStore:
                 del self._signals[signal]
         return mine
 
-    def doomed(self) -> list[SessionKey]:
+    def doomed(self, before: float | None = None) -> list[SessionKey]:
         with self._lock:
-            return [k for k, r in self._records.items() if r.row.deleting and not _active(r)]
+            rows = [r.row for r in self._records.values() if r.row.deleting and not _active(r)]
+        return [row.key for row in rows if before is None or row.updated < before]
 
-    def orphans(self, lease: float) -> list[Orphan]:
+    def orphans(self, workers: cabc.Collection[str]) -> list[Orphan]:
         with self._lock:
-            oldest = self._clock() - lease
-            alive = {worker for worker, beat in self._beats.items() if beat >= oldest}
+            alive = self._beats.keys() - set(workers)
             return [
                 FoundOrphan(
                     record.row.key,
@@ -522,6 +529,7 @@ class MemoryStore:
                     turn.state == "running",
                     turn.cursor,
                     turn.ending,
+                    turn.worker,
                     record.generation if turn.state == "running" else None,
                 )
                 for record in self._records.values()
