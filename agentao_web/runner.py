@@ -26,6 +26,7 @@ from agentao_web.core.transcript import Transcript
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
 from agentao_web.core.turn import TurnRequest
+from agentao_web.core.turn import checked
 from agentao_web.core.turn import settle
 from agentao_web.endings import Ended
 from agentao_web.endings import Endings
@@ -495,7 +496,7 @@ class Runner:
                 outcome = Outcome(State.CANCELLED, turn.turn.stop_reason)
             else:
                 agent = self._agent(live, turn)
-                outcome = agent.run(turn.turn.request, _Stage(self, live, turn))
+                outcome = checked(agent.run(turn.turn.request, _Stage(self, live, turn)))
         except (ClaimLost, SessionBusy):
             outcome = Outcome(State.FAILED, "worker_lost")
         except StoreUnavailable:

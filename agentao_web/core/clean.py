@@ -20,6 +20,7 @@ MAX_TOKENS: t.Final = 2**53
 #: An integer with more bits is larger than any float, and Python refuses to write out a long one.
 _MAX_BITS: t.Final = 1024
 _TOO_DEEP: t.Final = "…"
+_NESTED: t.Final = '"[nested too deeply]"'
 #: How half an emoji looks in the text of a JSON document.
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -80,22 +81,30 @@ def texts(value: t.Any, depth: int = MAX_DEPTH) -> t.Any:
 
 
 def arguments(document: str) -> str:
-    """The text of a JSON document whose own texts are clean too, as far as it can be read."""
+    """The text of a JSON document whose own texts are clean too, as far as it can be read.
+
+    One that nests so deeply that reading it would fail is replaced by one that says so.
+    """
     document = text(document)
-    if _ESCAPED.search(document) is None:
+    deep = document.count("[") + document.count("{") > MAX_DEPTH
+    if not deep and _ESCAPED.search(document) is None:
         return document
     try:
         value = json.loads(document)
-        cleaned = texts(value)
-        return document if cleaned is value else json.dumps(cleaned, ensure_ascii=False)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        return _NESTED
+    except ValueError:
         return document
+    if deep and _nests(value):
+        return _NESTED
+    cleaned = texts(value)
+    return document if cleaned is value else json.dumps(cleaned, ensure_ascii=False)
 
 
 def words(value: t.Any) -> str:
     """The words an object has for itself; some have none that can be said."""
     try:
-        return text(str(value))
+        return text(value if isinstance(value, str) else str(value))
     except Exception:
         return f"<{type(value).__name__}>"
 
@@ -116,6 +125,19 @@ def usage(
             if is_tokens(amount):
                 total[name] = min(total.get(name, 0) + amount, MAX_TOKENS)
     return total
+
+
+def _nests(value: t.Any) -> bool:
+    """Whether there is more within *value* than ``MAX_DEPTH`` levels."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def _is(one: object, other: object) -> bool:

@@ -184,6 +184,21 @@ class Turn:
         return now - self.created - self.waited_for(now)
 
 
+def checked(outcome: object) -> Outcome:
+    """What an agent says of its turn, as far as it can be told and kept; TypeError if it cannot."""
+    if not isinstance(outcome, Outcome):
+        raise TypeError(f"an agent ends a turn with an Outcome, not {type(outcome).__name__}")
+    tools = outcome.tool_count
+    return dataclasses.replace(
+        outcome,
+        reason=None if outcome.reason is None else clean.words(outcome.reason),
+        reply=clean.words(outcome.reply),
+        usage=clean.usage(outcome.usage),
+        tool_count=tools if clean.is_tokens(tools) else 0,
+        details=clean.fields(outcome.details),
+    )
+
+
 def settle(outcome: Outcome, stop_reason: str | None) -> Outcome:
     """*outcome* as a turn stopped for *stop_reason* ends: the reason wins over what came out.
 

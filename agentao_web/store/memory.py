@@ -273,7 +273,9 @@ class MemoryStore:
         return lost
 
     def finish(self, claim: Claim, finish: Finish) -> bool:
+        # Before anything is changed: what an agent gives may be no JSON.
         messages = [json.dumps(message) for message in finish.appended]
+        state = None if finish.state is None else json.dumps(dict(finish.state))
         with self._lock:
             record = self._held(claim)
             self._write(record, finish.events)
@@ -282,8 +284,7 @@ class MemoryStore:
                 record.epoch += 1
                 record.history = []
             record.history.extend(messages)
-            if finish.state is not None:
-                record.state = json.dumps(dict(finish.state))
+            record.state = record.state if state is None else state
             record.ended[claim.turn_id] = EndedTurn(finish.events[-1], record.cursor)
             for question in _open(record):
                 if question.turn_id == claim.turn_id:
