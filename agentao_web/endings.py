@@ -14,6 +14,7 @@ import time
 import typing as t
 
 from agentao_web.chores import Chores
+from agentao_web.core import clean
 from agentao_web.core import trail
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import StoreUnavailable
@@ -149,7 +150,10 @@ class Endings:
             return self._without_agent(live, turn, outcome)
         try:
             appended, rewritten = agent.unsaved()
-            return self._finish(live, turn, outcome, appended, rewritten, agent.state())
+            state = agent.state()
+            if clean.nests(appended) or clean.nests(state):
+                raise ValueError("its history nests too deeply: it could not be read again")
+            return self._finish(live, turn, outcome, appended, rewritten, state)
         except BaseException:
             return self._without_agent(live, turn, self.broken(turn))
 
@@ -180,7 +184,9 @@ class Endings:
                     others = bool(self._store.active(live.key))
                     return Ended(finish.outcome, finish.events[-1], others)
         except StoreUnavailable:
-            pass
+            pass  # Whoever closes it finds that there is nothing to close.
+        except Exception:
+            self._log.exception("turn %s: nobody can say how it ended", turn.turn.id)
         return self.lost(live, turn)
 
     # -- queued turns ---------------------------------------------------------------------------

@@ -438,7 +438,8 @@ class Live:
         """
         with self._cond:
             if final.seq is not None and live.claim is not None:
-                self._log.add(final)
+                if final.seq > self._log.head:
+                    self._log.add(final)
                 self._stored = final.seq
                 self._unseal(final.seq)
             elif live.claim is not None:

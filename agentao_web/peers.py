@@ -109,6 +109,8 @@ class Peers:
             self._store.leave(self._runner.worker)
         except StoreUnavailable:
             pass  # Then the lease runs out.
+        except Exception:
+            self._log.exception("the store could not be told that this worker has gone")
 
     def nudge(self) -> None:
         """Somebody waits for another worker now: do not wait for the next slow look."""
@@ -189,7 +191,9 @@ class Peers:
             begun = self._clock()
             self._store.beat(self._runner.worker)
             self._beaten = begun
-        except StoreUnavailable:
+        except Exception as exc:
+            if not isinstance(exc, StoreUnavailable):
+                self._log.exception("no sign of life could be given")
             if now - self._beaten < self._lease * _CAUTION:
                 return
             # Before the others may take over.

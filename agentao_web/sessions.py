@@ -26,6 +26,7 @@ from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.errors import TooManySessions
 from agentao_web.core.errors import TooManyTurns
+from agentao_web.core.errors import WebError
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
 from agentao_web.core.observer import Observer
@@ -340,9 +341,12 @@ class SessionPool:
                 new=new,
                 use=self._runner.use(turn),
             )
-        except StoreUnavailable:
-            # Its commit may have gone through all the same, and nobody would ever run it.
-            self._runner.endings.end_later(live.key, turn.turn.id)
+        except AlreadyAccepted:
+            raise
+        except Exception as exc:
+            if isinstance(exc, StoreUnavailable) or not isinstance(exc, WebError):
+                # Its commit may have gone through all the same, and nobody would ever run it.
+                self._runner.endings.end_later(live.key, turn.turn.id)
             raise
 
     def _wait_elsewhere(self, live: Live, turn: LiveTurn) -> None:

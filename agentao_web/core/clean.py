@@ -38,7 +38,7 @@ def text(value: str) -> str:
     return value
 
 
-def plain(value: t.Any, depth: int = MAX_DEPTH) -> t.Any:
+def plain(value: t.Any, inside: tuple[int, ...] = ()) -> t.Any:
     """*value* as JSON that can be stored and sent: what is no JSON becomes text."""
     if isinstance(value, str):
         return text(value)
@@ -49,11 +49,12 @@ def plain(value: t.Any, depth: int = MAX_DEPTH) -> t.Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, cabc.Mapping | list | tuple):
-        if depth == 0:
+        if len(inside) == MAX_DEPTH or id(value) in inside:
             return _TOO_DEEP
+        inside = (*inside, id(value))
         if isinstance(value, cabc.Mapping):
-            return {_key(k): plain(v, depth - 1) for k, v in value.items()}
-        return [plain(v, depth - 1) for v in value]
+            return {_key(k): plain(v, inside) for k, v in value.items()}
+        return [plain(v, inside) for v in value]
     return words(value)
 
 
@@ -66,18 +67,21 @@ def fields(data: cabc.Mapping[str, t.Any]) -> cabc.Mapping[str, t.Any]:
     return data
 
 
-def texts(value: t.Any, depth: int = MAX_DEPTH) -> t.Any:
+def texts(value: t.Any, inside: tuple[int, ...] = ()) -> t.Any:
     """*value* with every text in it clean, and all else as it is; itself if it was clean."""
     if isinstance(value, str):
         return text(value)
-    if depth and isinstance(value, dict):
-        found = {texts(key): texts(item, depth - 1) for key, item in value.items()}
+    if not isinstance(value, dict | list):
+        return value
+    if len(inside) == 2 * MAX_DEPTH or id(value) in inside:
+        return value
+    inside = (*inside, id(value))
+    if isinstance(value, dict):
+        found = {texts(key): texts(item, inside) for key, item in value.items()}
         before, after = [*value, *value.values()], [*found, *found.values()]
         return value if all(map(_is, after, before)) else found
-    if depth and isinstance(value, list):
-        items = [texts(item, depth - 1) for item in value]
-        return value if all(map(_is, items, value)) else items
-    return value
+    items = [texts(item, inside) for item in value]
+    return value if all(map(_is, items, value)) else items
 
 
 def arguments(document: str) -> str:
@@ -86,7 +90,7 @@ def arguments(document: str) -> str:
     One that nests so deeply that reading it would fail is replaced by one that says so.
     """
     document = text(document)
-    deep = document.count("[") + document.count("{") > MAX_DEPTH
+    deep = document.count("[") + document.count("{") >= 2 * MAX_DEPTH
     if not deep and _ESCAPED.search(document) is None:
         return document
     try:
@@ -95,7 +99,7 @@ def arguments(document: str) -> str:
         return _NESTED
     except ValueError:
         return document
-    if deep and _nests(value):
+    if deep and nests(value):
         return _NESTED
     cleaned = texts(value)
     return document if cleaned is value else json.dumps(cleaned, ensure_ascii=False)
@@ -127,16 +131,13 @@ def usage(
     return total
 
 
-def _nests(value: t.Any) -> bool:
-    """Whether there is more within *value* than ``MAX_DEPTH`` levels."""
+def nests(value: t.Any) -> bool:
+    """Whether *value* has so many levels within levels that json may give up at it."""
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+    for _ in range(2 * MAX_DEPTH):
+        # Each only once: a list that holds itself twice would double the next level.
+        outer = {id(one): one for one in level if isinstance(one, dict | list)}.values()
+        level = [i for one in outer for i in (one.values() if isinstance(one, dict) else one)]
     return bool(level)
 
 

@@ -92,9 +92,11 @@ def test_json_stays_what_it_is() -> None:
 
 
 def test_a_circle_has_an_end() -> None:
-    value: list[t.Any] = []
-    value.append(value)
+    value: list[t.Any] = ["\ud83d"]
+    value.extend([value, {"again": value}, value])
     json.dumps(clean.plain(value))
+    assert clean.texts(value)[0] == "\ufffd"
+    assert clean.nests(value) and clean.nests(nested(200)) and not clean.nests(nested(100))
 
 
 def test_texts_are_mended_and_all_else_is_left_alone() -> None:
@@ -115,7 +117,7 @@ def test_texts_are_mended_and_all_else_is_left_alone() -> None:
         ('{"\\uDC80": ["\\uDFFF"]}', '{"\ufffd": ["\ufffd"]}'),
         ('{"a": "\\\\ud83d"}', '{"a": "\\\\ud83d"}'),
         ('not json \\ud83d"', 'not json \\ud83d"'),
-        ("[" * 67 + "]" * 67, '"[nested too deeply]"'),
+        ("[" * 130 + "]" * 130, '"[nested too deeply]"'),
         ("[" * 100_000, '"[nested too deeply]"'),
         ("[" + "[]," * 200 + "[]]", "[" + "[]," * 200 + "[]]"),
     ],
