@@ -1,7 +1,8 @@
 """One session seen by many threads: its log, its running turn, its queue, and who reads.
 
-The one Condition readers wait on is here. It is held for a few lines at a time and never while an
-agent, a store or a callback runs; what has to be called afterwards is handed back to the caller.
+The lock all of them share is here, and a bell for each reader. It is held for a few lines at a
+time and never while an agent, a store or a callback runs; what has to be called afterwards is
+handed back to the caller.
 """
 
 from __future__ import annotations
@@ -132,7 +133,9 @@ class Live:
         """What readers are told when the session is deleted under them."""
         self.clock = clock
         self._remote_head = head
-        self._cond = threading.Condition()
+        self._lock = threading.RLock()
+        self._cond = threading.Condition(self._lock)
+        """Rung when nobody reads any more."""
         self._log_bytes = log_bytes
         self._log = EventLog(max_bytes=log_bytes, head=head)
         self._stored = head
@@ -144,7 +147,8 @@ class Live:
         """The numbers of those ends that the store does not have yet, and which are of ours."""
         self._sealed: int | None = None
         """The first of them: it is shown when it is in the store, and so is what follows."""
-        self._readers: set[Audience] = set()
+        self._readers: dict[Audience, threading.Condition] = {}
+        """Who reads, and the bell that wakes each of them alone: there may be a thousand."""
         self._looks: set[threading.Event] = set()
 
     # -- the pool's side -----------------------------------------------------------------------
@@ -185,7 +189,7 @@ class Live:
                 return  # Nobody is woken for nothing: there may be a thousand of them.
             self.elsewhere, self.queued_elsewhere = row.turn_id, row.queued
             self._remote_head = row.head
-            self._cond.notify_all()
+            self._ring()
 
     def close(self, *, force: bool = False) -> bool:
         """Take no one in any more; False (and nothing happened) if it is in use."""
@@ -193,7 +197,7 @@ class Live:
             if not force and not self.idle:
                 return False
             self.closed = True
-            self._cond.notify_all()
+            self._ring()
             return True
 
     def turns(self) -> list[LiveTurn]:
@@ -315,7 +319,7 @@ class Live:
             if reason is not None:
                 live.turn.stopped = now
                 live.turn.step("stop", now)
-            self._cond.notify_all()
+            self._ring()
             return self._taken(live) if reason is not None else []
 
     # -- the turn's side -----------------------------------------------------------------------
@@ -366,7 +370,7 @@ class Live:
                 live.turn.step("answer", self.clock())
             if self._may_write(live):
                 self._write(live.turn.id, closed(question))
-            self._cond.notify_all()
+            self._ring()
 
     def look_again(self) -> None:
         """A question of the running turn may have been answered: whoever asked it has a look."""
@@ -434,7 +438,8 @@ class Live:
         """
         with self._cond:
             if final.seq is not None and live.claim is not None:
-                self._log.add(final)
+                if final.seq > self._log.head:
+                    self._log.add(final)
                 self._stored = final.seq
                 self._unseal(final.seq)
             elif live.claim is not None:
@@ -477,7 +482,7 @@ class Live:
     def _stop(self, live: LiveTurn, reason: str) -> list[Callback]:
         if live.closing or not live.turn.stop(reason, self.clock()):
             return []
-        self._cond.notify_all()
+        self._ring()
         return [] if live.turn.state is State.QUEUED else self._taken(live)
 
     def _taken(self, live: LiveTurn) -> list[Callback]:
@@ -514,7 +519,7 @@ class Live:
         live.closing = True
         live.final, live.outcome = final, outcome
         live.turn.end(outcome, now)
-        self._cond.notify_all()
+        self._ring()
         return True
 
     def end_elsewhere(self, turn_id: str, ending: Draft) -> bool:
@@ -549,11 +554,11 @@ class Live:
         if self._sealed is not None and self._sealed <= through:
             self._ends = {number: live for number, live in self._ends.items() if number > through}
             self._sealed = next(iter(self._ends), None)
-            self._cond.notify_all()
+            self._ring()
 
     def _follow(self, live: LiveTurn) -> LiveTurn | None:
         """*live* is done with: the one whose time has come in its place, if any."""
-        self._cond.notify_all()
+        self._ring()
         if live in self._queue:
             self._queue.remove(live)
         if live is not self._current:
@@ -568,7 +573,7 @@ class Live:
         with self._cond:
             self.farewell = farewell
             self.closed = True
-            self._cond.notify_all()
+            self._ring()
 
     # -- the store's side (agentao_web.store.writer.Source) -------------------------------------
 
@@ -584,11 +589,15 @@ class Live:
             self._unseal(self._stored)
             self._log.trim(through=self._stored)
 
-    def lost(self) -> None:
+    def lost(self, claim: Claim) -> None:
         with self._cond:
-            if self._current is not None:
-                # Not `closing`: it runs still, and what stops it or gives it up has to work.
-                self._current.lost = True
+            current = self._current
+            if current is None or current.claim is None:
+                return
+            if current.claim.generation != claim.generation:
+                return  # That was an earlier turn: what runs now has a good claim.
+            # Not `closing`: it runs still, and what stops it or gives it up has to work.
+            current.lost = True
             looks = list(self._looks)
         for look in looks:
             look.set()
@@ -598,7 +607,7 @@ class Live:
     def attach(self, reader: Audience) -> None:
         """*reader* is here: turns that were left alone are not any more."""
         with self._cond:
-            self._readers.add(reader)
+            self._readers[reader] = threading.Condition(self._lock)
             self.used = self.clock()
             for live in self._served(reader):
                 live.left_at = None
@@ -606,7 +615,7 @@ class Live:
     def detach(self, reader: Audience, *, left: bool) -> None:
         """*reader* is gone; *left* if the client went, not we."""
         with self._cond:
-            self._readers.discard(reader)
+            self._readers.pop(reader, None)
             if not self._readers:
                 self._cond.notify_all()
             self.used = self.clock()
@@ -620,10 +629,13 @@ class Live:
         turns = [*([self._current] if self._current else []), *self._queue]
         return [live for live in turns if reader.turn in (None, live)]
 
-    def wake(self) -> None:
-        """Have every reader look around."""
+    def wake(self, reader: Audience | None = None) -> None:
+        """Have every reader look around, or that one alone."""
         with self._cond:
-            self._cond.notify_all()
+            if reader is None:
+                self._ring()
+            elif reader in self._readers:
+                self._readers[reader].notify()
 
     def wait_unread(self, timeout: float) -> bool:
         """Wait until nobody reads any more; False after *timeout* seconds."""
@@ -638,7 +650,7 @@ class Live:
                 left = (until if late is None else min(until, late[0])) - self.clock()
                 if left <= 0:
                     return
-                self._cond.wait(left)
+                self._readers[reader].wait(left)
 
     def _news(self, reader: Audience) -> bool:
         cursor, head = reader.cursor, self.shown
@@ -674,6 +686,9 @@ class Live:
             return None
         event = self._log.number(draft, turn_id, self.clock())
         self._log.add(event)
-        if self._readers:
-            self._cond.notify_all()
+        self._ring()
         return event
+
+    def _ring(self) -> None:
+        for bell in self._readers.values():
+            bell.notify()

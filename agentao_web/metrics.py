@@ -30,6 +30,7 @@ import typing as t
 import uuid
 from pathlib import Path
 
+from agentao_web.core import clean
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
@@ -146,6 +147,18 @@ METRICS: t.Final = {
             "counter",
             "About how many bytes of events were written.",
         ),
+        Metric(
+            "agentao_cleanup_failures_total",
+            "counter",
+            "Failed attempts to remove a deleted session or to close a turn nobody runs.",
+            ("kind",),
+        ),
+        Metric(
+            "agentao_cleanups_stuck",
+            "gauge",
+            "Deleted sessions and lost turns that could not be cleaned up yet.",
+            merge="max",
+        ),
         Metric("agentao_workers", "gauge", "Workers that answer here."),
         Metric(
             "agentao_worker_heartbeat_age_seconds",
@@ -210,7 +223,7 @@ class Metrics(Observer):
     ) -> None:
         for kind in ("prompt", "completion"):
             tokens = call.get(f"{kind}_tokens")
-            if isinstance(tokens, int):
+            if clean.is_tokens(tokens):
                 self._count("agentao_tokens_total", kind, by=tokens, tenant=key.tenant)
 
     def ended(self, key: SessionKey, turn: Turn, outcome: Outcome, now: float) -> None:
@@ -242,6 +255,9 @@ class Metrics(Observer):
 
     def store_failed(self) -> None:
         self._count("agentao_store_errors_total")
+
+    def stumbled(self, kind: str) -> None:
+        self._count("agentao_cleanup_failures_total", kind)
 
     def ticked(self) -> None:
         now = time.monotonic()

@@ -13,7 +13,6 @@ import threading
 import time
 import typing as t
 
-from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.names import SessionKey
 from agentao_web.live import Live
@@ -33,6 +32,8 @@ _TAIL, _SLOW_TAIL = 0.2, 2.0
 _BEAT_PART, _BEAT = 0.3, 3.0
 #: How often old sessions are looked for, in seconds.
 _PRUNE: t.Final = 60.0
+#: A worker's name is forgotten after so many leases without a beat.
+_FORGET: t.Final = 100
 #: A worker that cannot beat stops its own turns after this part of its lease.
 _CAUTION: t.Final = 0.7
 
@@ -67,6 +68,8 @@ class Peers:
     ) -> None:
         self._store = store
         self._runner = runner
+        self._endings = runner.endings
+        self._chores = runner.endings.chores
         self._books = books
         self._house = house
         self._lease = lease
@@ -77,6 +80,10 @@ class Peers:
         self._beaten = 0.0
         self._failed = False
         """Whether the store has refused a sign of life since."""
+        self._beats: dict[str, tuple[float, float]] = {}
+        """What each worker's last beat was, and since when we have known that one."""
+        self._strays: dict[str, float] = {}
+        """Turns of ours that only the store knows, and since when."""
         self._looked = 0.0
         self._pruned = float("-inf")
         self._aside_now: set[str] = set()
@@ -105,6 +112,8 @@ class Peers:
             self._store.leave(self._runner.worker)
         except StoreUnavailable:
             pass  # Then the lease runs out.
+        except Exception:
+            self._log.exception("the store could not be told that this worker has gone")
 
     def nudge(self) -> None:
         """Somebody waits for another worker now: do not wait for the next slow look."""
@@ -132,10 +141,14 @@ class Peers:
             self._beat(now)
         if now - self._looked >= self._interval / 2:
             self._looked = now
-            self._runner.close_ours()
-            if orphans := self._store.orphans(self._lease):
+            self._endings.close_ours()
+            orphans = self._nobodys(self._store.orphans({*self._dead(), self._runner.worker}))
+            self._chores.only("reap_turn", {orphan.turn_id for orphan in orphans})
+            if orphans:
                 self._aside("reap", functools.partial(self._reap, orphans))
-            if doomed := self._store.doomed():
+            doomed = self._store.doomed()
+            self._chores.only("remove_session", set(doomed))
+            if doomed:
                 self._aside("remove", functools.partial(self._remove, doomed))
         if self._ttl is not None and now - self._pruned >= _PRUNE:
             self._pruned = now
@@ -149,7 +162,33 @@ class Peers:
         for key in keys:
             if self._closed.is_set():
                 return
-            self._house.remove(key)
+            self._chores.attempt("remove_session", key, functools.partial(self._house.remove, key))
+
+    def _dead(self) -> set[str]:
+        """The workers whose heart has not beaten for a lease, by no clock but our own."""
+        now, beats = self._clock(), self._store.beats()
+        since = {worker: self._beats.get(worker, (beat, now)) for worker, beat in beats.items()}
+        self._beats = {
+            w: last if last[0] == beats[w] else (beats[w], now) for w, last in since.items()
+        }
+        silent = {w: now - at for w, (_, at) in self._beats.items() if w != self._runner.worker}
+        for worker in [w for w, seconds in silent.items() if seconds >= _FORGET * self._lease]:
+            # Nothing of it is left but its name.
+            self._store.leave(worker)
+        return {worker for worker, seconds in silent.items() if seconds >= self._lease}
+
+    def _nobodys(self, found: list[Orphan]) -> list[Orphan]:
+        """Those that nobody runs: of our own, the ones we have known nothing of for a while.
+
+        There should be none of these. But a turn that is only in the store would make its session
+        busy for as long as we live.
+        """
+        now, ours = self._clock(), self._runner.worker
+        known = {turn.turn.id for turn, _ in self._books.running()} | {*self._endings.unclosed}
+        strays = [o.turn_id for o in found if o.worker == ours and o.turn_id not in known]
+        self._strays = {turn_id: self._strays.get(turn_id, now) for turn_id in strays}
+        lost = {turn_id for turn_id, at in self._strays.items() if now - at >= self._lease}
+        return [o for o in found if o.worker != ours or o.ending or o.turn_id in lost]
 
     def overslept(self) -> bool:
         """Whether our last sign of life is so long ago that our claims are not ours any more."""
@@ -160,8 +199,10 @@ class Peers:
             begun = self._clock()
             self._store.beat(self._runner.worker)
             self._beaten, self._failed = begun, False
-        except StoreUnavailable:
+        except Exception as exc:
             self._failed = True
+            if not isinstance(exc, StoreUnavailable):
+                self._log.exception("no sign of life could be given")
             if now - self._beaten < self._lease * _CAUTION:
                 return
             # Before the others may take over.
@@ -172,12 +213,8 @@ class Peers:
         for orphan in orphans:
             if self._closed.is_set():
                 return
-            try:
-                self._runner.reap(orphan)
-            except ClaimLost:
-                pass  # Somebody else has it.
-            except StoreUnavailable:
-                self._runner.reap_later(orphan)
+            work = functools.partial(self._endings.reap, orphan)
+            self._chores.attempt("reap_turn", orphan.turn_id, work)
 
     def _aside(self, kind: str, work: cabc.Callable[[], None]) -> None:
         """Do *work* on a thread of its own, unless the last one of that *kind* is still at it."""
@@ -242,7 +279,11 @@ class Peers:
         # Asked after the heads and obeyed before anyone starts: who cancels a running turn and a
         # queued one does both at once, and must not see the queued one begin.
         for signal in self._asked() if self._books.turns else ():
-            self._obey(signal)
+            try:
+                self._obey(signal)
+            except Exception:
+                # It was given once; the others are not to be lost with it.
+                self._log.exception("a signal of another worker could not be obeyed")
         for turn, live in parked.items():
             row = rows.get(live.key)
             if row is not None and row.turn_id is None and self._books.unpark(turn):
@@ -262,7 +303,7 @@ class Peers:
 
     def _obey(self, signal: Signal) -> None:
         if signal.reason == LEFT:
-            self._runner.write_endings(signal.key)
+            self._endings.write_endings(signal.key)
             return
         found = self._books.find(signal.turn_id)
         if found is None:

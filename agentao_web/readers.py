@@ -201,7 +201,7 @@ class Reader:
 
     def _on_close(self) -> None:
         self.left = True
-        self.live.wake()
+        self.live.wake(self)
 
 
 def _is_gap(event: Event) -> bool:

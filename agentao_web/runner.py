@@ -5,42 +5,43 @@ from __future__ import annotations
 import collections.abc as cabc
 import dataclasses
 import logging
-import secrets
 import threading
 import time
 import typing as t
 
+from agentao_web.core import clean
 from agentao_web.core import trail
 from agentao_web.core.errors import ClaimLost
+from agentao_web.core.errors import Draining
 from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import StoreUnavailable
+from agentao_web.core.errors import WebError
 from agentao_web.core.history import History
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
 from agentao_web.core.observer import Observer
 from agentao_web.core.question import Question
-from agentao_web.core.question import closed
 from agentao_web.core.transcript import Transcript
-from agentao_web.core.transcript import lost_note
 from agentao_web.core.turn import Outcome
 from agentao_web.core.turn import State
 from agentao_web.core.turn import TurnRequest
+from agentao_web.core.turn import checked
 from agentao_web.core.turn import settle
-from agentao_web.core.turn import terminal
+from agentao_web.endings import Ended
+from agentao_web.endings import Endings
 from agentao_web.live import Callback
 from agentao_web.live import Live
 from agentao_web.live import LiveTurn
-from agentao_web.questions import LOST
 from agentao_web.questions import Questions
 from agentao_web.questions import record
-from agentao_web.store import Finish
+from agentao_web.store import AlreadyAccepted
 from agentao_web.store import KeyUse
-from agentao_web.store import Left
-from agentao_web.store import Orphan
 from agentao_web.store import Store
 from agentao_web.store import TurnRow
 from agentao_web.store.writer import Writer
+
+_LOG = logging.getLogger(__name__)
 
 #: Events that must not wait for the writer's next batch.
 _AT_ONCE: t.Final = frozenset({"tool_start", "turn_queued"})
@@ -229,6 +230,10 @@ class _Stage:
 
     def publish(self, draft: Draft) -> None:
         live = self._live
+        data = clean.fields(draft.data)
+        if data is not draft.data:
+            # What is no JSON would be in the way of all that is written with it.
+            draft = draft._replace(data=data)
         if not live.publish(self._turn, draft):
             return
         if draft.type != "llm_text" or not self._spoke:
@@ -242,7 +247,7 @@ class _Stage:
         self._live.on_stop(self._turn, callback)
 
     def ask(self, kind: str, data: cabc.Mapping[str, t.Any]) -> Question:
-        return self._runner.questions.ask(self._live, self._turn, kind, data)
+        return self._runner.questions.ask(self._live, self._turn, kind, clean.fields(data))
 
     def approved(self, data: cabc.Mapping[str, t.Any], by: str) -> None:
         question = Question("", self.turn_id, "tool_confirmation", data, 0.0, "approved", by)
@@ -272,6 +277,7 @@ class Runner:
         *,
         max_turns: int,
         question_timeout: float,
+        patience: float,
         clock: cabc.Callable[[], float],
         log: logging.Logger,
         observer: Observer | None = None,
@@ -286,9 +292,18 @@ class Runner:
         )
         self.worker = ""
         """Who writes the rows: a fresh name per process."""
-        self.unclosed: list[tuple[Live | None, Orphan, str]] = []
-        """Turns whose claim or end the store may not have: to be closed when it is back."""
         self.writer = writer
+        self.endings = Endings(
+            store,
+            writer,
+            self.questions,
+            patience=patience,
+            worker=lambda: self.worker,
+            holder=books.holder,
+            clock=clock,
+            log=log,
+            observer=self.observer,
+        )
         self._store = store
         self._agents = agents
         self._books = books
@@ -321,32 +336,23 @@ class Runner:
         opening = Draft("turn_begin", data)
         try:
             claim = self._store.claim(live.key, self.row(turn), opening, now, self.use(turn))
-        except StoreUnavailable:
-            # Its commit may have gone through all the same.
-            self._leave_open(live, turn, "store_unavailable")
+        except (AlreadyAccepted, ClaimLost):
+            raise
+        except Exception as exc:
+            if isinstance(exc, StoreUnavailable) or not isinstance(exc, WebError):
+                # Its commit may have gone through all the same.
+                self.endings.leave_open(live, turn, "store_unavailable")
             raise
         if live.agent is not None and live.agent_version != claim.version:
             # Another worker went on with this conversation.
             self.drop_agent(live)
-        callbacks = live.begin(turn, claim)
+        try:
+            callbacks = live.begin(turn, claim)
+        except Draining:
+            self.endings.leave_open(live, turn, "store_unavailable")
+            raise
         self.observer.began(live.key, turn.turn, now)
         call(callbacks, turn.turn.stop_reason or "")
-
-    def _leave_open(self, live: Live, turn: LiveTurn, code: str) -> None:
-        self.unclosed.append((live, Orphan(live.key, turn.turn.id, True, turn.cursor), code))
-
-    def close_ours(self) -> None:
-        """Close turns that the store could not, now that it is back; raises if it is not.
-
-        One whose commit had gone through keeps its true outcome.
-        """
-        while self.unclosed:
-            live, orphan, code = self.unclosed[0]
-            self._end_orphan(orphan, code)
-            self.unclosed.pop(0)
-            if live is not None and not live.owned:
-                # What was shown here and never stored is no part of the log.
-                live.disown()
 
     def start(self, live: Live, turn: LiveTurn) -> None:
         """Run *turn*, which holds a slot, and those queued behind it."""
@@ -358,7 +364,7 @@ class Runner:
         except RuntimeError:
             # No thread to be had; but the turn was accepted, so it must end.
             self._log.exception("cannot start a thread")
-            self.go_on(live, self._conclude(live, turn, self._broken(turn), None))
+            self.go_on(live, self._conclude(live, turn, self.endings.broken(turn), None))
 
     def next_in_line(self) -> None:
         """Places may be free: start those that wait for one."""
@@ -417,31 +423,9 @@ class Runner:
 
     def end_row(self, live: Live, turn: LiveTurn) -> None:
         """See that the end of a queued turn gets into the log, whatever becomes of us."""
-        final = turn.final
-        if final is not None:
-            self._end_queued(live.key, turn.turn.id, Draft(final.type, final.data, final.extra))
-
-    def end_later(self, key: SessionKey, turn_id: str, ending: Draft | None = None) -> None:
-        """The store may have a turn in its queue, and nobody here does: end it when it is back."""
-        orphan = Orphan(key, turn_id, running=False, cursor=0, ending=ending)
-        self.unclosed.append((None, orphan, "store_unavailable"))
-
-    def _end_queued(self, key: SessionKey, turn_id: str, ending: Draft) -> Left | None:
-        try:
-            return self._store.end_queued(key, turn_id, ending, self._clock())
-        except StoreUnavailable:
-            self._log.warning("turn %s: its end is not in the log yet", turn_id)
-            self.end_later(key, turn_id, ending)
-            return None
-
-    def write_endings(self, key: SessionKey) -> None:
-        """Write how turns that were queued elsewhere ended, if we hold the session."""
-        live = self._books.holder(key)
-        if live is None:
-            return
-        for turn in self._store.active(key):
-            if turn.ending is not None and live.end_elsewhere(turn.id, turn.ending):
-                self.writer.note(live, urgent=True)
+        if (final := turn.final) is not None:
+            draft = Draft(final.type, final.data, final.extra)
+            self.endings.end_queued(live.key, turn.turn.id, draft)
 
     def give_up(self, live: Live, turn: LiveTurn) -> int:
         """*turn* does not end: close its log, retire its agent, count its thread.
@@ -472,108 +456,8 @@ class Runner:
         # Closed before it is stopped: it must not come to an end of its own.
         if live.close_turn(turn, abandoned=True):
             self._books.abandon(1)
-            live.disown()
-            # If nobody was there to take it over, it is ours to close.
-            self._leave_open(live, turn, "worker_lost")
-            self.go_on(live, self._show(live, turn, Outcome(State.FAILED, "worker_lost"), None))
+            self.go_on(live, self._show(live, turn, self.endings.lost(live, turn)))
         call(callbacks, "worker_lost")
-
-    def reap_later(self, orphan: Orphan) -> None:
-        """Close another worker's turn when the store is back.
-
-        It may be taken over already: then it is ours, and nobody takes it for lost any more.
-        """
-        again = Orphan(orphan.key, orphan.turn_id, orphan.running, orphan.cursor, orphan.ending)
-        self.unclosed.append((None, again, LOST))
-
-    def reap(self, orphan: Orphan) -> None:
-        """End a turn nobody runs: in its log, in the transcript, in what the model reads.
-
-        Of a queued one that has ended already only the log has to hear.
-        """
-        self._end_orphan(orphan, LOST)
-
-    def _end_orphan(self, orphan: Orphan, code: str) -> None:
-        if orphan.running:
-            ended = self._close(orphan, code)
-        else:
-            ended = self._let_go(orphan, code)
-        if ended and code == LOST:
-            self.observer.reaped(orphan.key, orphan.turn_id)
-
-    def _let_go(self, orphan: Orphan, code: str) -> bool:
-        """End a queued turn; whether it had not ended before."""
-        ending = orphan.ending or terminal(Outcome(State.FAILED, code), duration_ms=0)
-        left = self._store.end_queued(orphan.key, orphan.turn_id, ending, self._clock())
-        if left is not None and left.unwritten:
-            self.write_endings(orphan.key)
-        ended = left is not None and left.first and orphan.ending is None
-        if ended:
-            self._closed(orphan, code)
-        return ended
-
-    def _closed(self, orphan: Orphan, code: str) -> None:
-        told = trail.of(orphan.key, orphan.turn_id)
-        self._log.warning(
-            "turn %s was left open, and is closed: %s", orphan.turn_id, code, extra=told
-        )
-
-    def _close(self, orphan: Orphan, code: str) -> bool:
-        claim = self._store.take_over(orphan, self.worker)
-        if claim is None:
-            return False
-        transcript = Transcript()
-        message = ""
-        asked: dict[str, bool] = {}
-        for event in self._events_of(orphan):
-            transcript.add(event)
-            if event.type == "turn_begin":
-                message = event.data["message"]
-            elif "question_id" in event.data:
-                asked[event.data["question_id"]] = event.type != "question_closed"
-        outcome = Outcome(State.FAILED, code)
-        now, first = self._clock(), t.cast(int, claim.opening.seq)
-        questions = self._abandoned(orphan, [q for q, is_open in asked.items() if is_open])
-        drafts = [*map(closed, questions), terminal(outcome, duration_ms=0)]
-        events = [
-            Event(first + n, orphan.turn_id, draft.type, draft.data, now, draft.extra)
-            for n, draft in enumerate(drafts)
-        ]
-        entries = transcript.closed(outcome.status.value) if transcript.entries else []
-        appended = self._note(message, transcript) if message else []
-        self._store.finish(claim, Finish(events, outcome, entries, appended, False, now))
-        self._closed(orphan, code)
-        for question in questions:
-            if question.by == LOST:
-                record(orphan.key, orphan.turn_id, question)
-                self.observer.asked(orphan.key, question)
-        return True
-
-    def _abandoned(self, orphan: Orphan, asked: list[str]) -> list[Question]:
-        """Its questions that nobody waits for any more, closed; also those answered unheard.
-
-        *asked* are those that are open as its log has it; the rows say how they are closed.
-        """
-        mine = [q.id for q in self._store.questions(orphan.key) if q.turn_id == orphan.turn_id]
-        ids = dict.fromkeys([*asked, *mine])
-        return [self.questions.abandon(orphan.key, question_id) for question_id in ids]
-
-    def _events_of(self, orphan: Orphan) -> cabc.Iterator[Event]:
-        cursor = orphan.cursor
-        while True:
-            part = self._store.events(orphan.key, cursor, limit=1000, max_bytes=2**22)
-            yield from (e for e in part.events if e.turn_id == orphan.turn_id)
-            if not part.events:
-                return
-            cursor = part.cursor
-
-    @staticmethod
-    def _note(message: str, transcript: Transcript) -> list[dict[str, t.Any]]:
-        """Nobody can say what the model would remember: the message, and a note."""
-        return [
-            {"role": "user", "content": message},
-            {"role": "assistant", "content": lost_note(transcript)},
-        ]
 
     def drop_agent(self, live: Live) -> None:
         """Close the session's agent, if it has one."""
@@ -585,7 +469,7 @@ class Runner:
         """Close *agent*; what it raises is only logged."""
         try:
             agent.close()
-        except Exception:
+        except BaseException:
             self._log.exception("an agent could not be closed")
 
     # -- the thread ----------------------------------------------------------------------------
@@ -619,14 +503,14 @@ class Runner:
                 outcome = Outcome(State.CANCELLED, turn.turn.stop_reason)
             else:
                 agent = self._agent(live, turn)
-                outcome = agent.run(turn.turn.request, _Stage(self, live, turn))
+                outcome = checked(agent.run(turn.turn.request, _Stage(self, live, turn)))
         except (ClaimLost, SessionBusy):
             outcome = Outcome(State.FAILED, "worker_lost")
         except StoreUnavailable:
             outcome = Outcome(State.FAILED, "store_unavailable")
         except BaseException:
             # Also SystemExit out of a tool: an agent that raised is not trusted again.
-            outcome = self._broken(turn)
+            outcome = self.endings.broken(turn)
             if agent is not None:
                 if live.agent is agent:
                     live.agent = None
@@ -667,11 +551,6 @@ class Runner:
                 raise ClaimLost
         return t.cast(Agent, live.agent)
 
-    def _broken(self, turn: LiveTurn) -> Outcome:
-        error_id = secrets.token_hex(8)
-        self._log.exception("turn %s failed, error_id %s", turn.turn.id, error_id)
-        return Outcome(State.FAILED, "internal_error", details={"error_id": error_id})
-
     # -- the end -------------------------------------------------------------------------------
 
     def _conclude(
@@ -683,11 +562,6 @@ class Runner:
             if agent is not None:
                 self.close_agent(agent)
             return None
-        if turn.lost:
-            # The store's writer found that the claim is lost: what was not stored never was.
-            live.disown()
-            self.drop_agent(live)
-            return self._show(live, turn, Outcome(State.FAILED, "worker_lost"), None)
         return self._commit(live, turn, self._worded(turn, outcome), agent)
 
     def _worded(self, turn: LiveTurn, outcome: Outcome) -> Outcome:
@@ -700,86 +574,53 @@ class Runner:
     def _commit(
         self, live: Live, turn: LiveTurn, outcome: Outcome, agent: Agent | None
     ) -> LiveTurn | None:
-        """The terminal transaction, then the terminal event."""
+        """The terminal transaction, then the terminal event; the one to run next, if any."""
         if turn.claim is None:
-            return self._show_queued(live, turn, outcome)
-        final: Event | None
-        others = False
-        try:
-            final, others = self._write(live, turn, outcome, agent)
-        except ClaimLost:
-            live.disown()
-            outcome, final = Outcome(State.FAILED, "worker_lost"), None
-        except StoreUnavailable:
-            self._leave_open(live, turn, "store_unavailable")
-            outcome, final = Outcome(State.FAILED, "store_unavailable"), None
-        except Exception:
-            outcome, final = self._broken(turn), None
-        if final is None:
-            self.drop_agent(live)
-        elif agent is not None:
-            agent.saved()
+            return self._show(live, turn, self._end_unclaimed(live, turn, outcome))
+        # A claim the writer found lost: what was not stored never was.
+        ended = (
+            self.endings.lost(live, turn)
+            if turn.lost
+            else self.endings.commit(live, turn, outcome, agent)
+        )
+        if ended.final is not None:
+            # All it said is in the store now, and a reader may hold on to the turn.
+            turn.transcript = Transcript()
+        if ended.outcome is outcome and agent is not None and self._saved(agent):
             live.agent_version = turn.claim.generation
-        # What is deleted has no log any more: its last event goes without a number.
-        following = self._show(live, turn, outcome, None if live.deleting else final, others=others)
-        if others and following is None:
-            self._write_left(live.key)
+        else:
+            self.drop_agent(live)
+        if live.deleting:
+            # What is deleted has no log any more: its last event goes without a number.
+            ended = ended._replace(final=None)
+        following = self._show(live, turn, ended)
+        if ended.others and following is None:
+            self.endings.write_left(live.key)
         return following
 
-    def _show_queued(self, live: Live, turn: LiveTurn, outcome: Outcome) -> LiveTurn | None:
+    def _saved(self, agent: Agent) -> bool:
+        """Tell *agent* that its history is stored; False if it cannot go on with it."""
+        try:
+            agent.saved()
+            return True
+        except BaseException:
+            self._log.exception("an agent failed after its turn, and is built anew")
+            return False
+
+    def _end_unclaimed(self, live: Live, turn: LiveTurn, outcome: Outcome) -> Ended:
         """End a turn that has no claim: who reads the log hears of it from whoever has."""
-        draft = self._terminal(turn, outcome)
-        left = self._end_queued(live.key, turn.turn.id, draft)
+        draft = self.endings.terminal(turn, outcome)
+        left = self.endings.end_queued(live.key, turn.turn.id, draft)
         final = left.final if left is not None else None
         if final is None:
             final = Event(None, turn.turn.id, draft.type, draft.data, self._clock(), draft.extra)
-        others = left is not None and left.unwritten
-        return self._show(live, turn, outcome, final, others=others)
+        return Ended(outcome, final, left is not None and left.unwritten)
 
-    def _write_left(self, key: SessionKey) -> None:
-        """Some have left the queue while the claim was ours, too late to be written under it."""
-        try:
-            for turn in self._store.active(key):
-                if turn.ending is not None:
-                    self._store.end_queued(key, turn.id, turn.ending, self._clock())
-        except StoreUnavailable:
-            pass  # The janitor finds them.
-
-    def _write(
-        self, live: Live, turn: LiveTurn, outcome: Outcome, agent: Agent | None
-    ) -> tuple[Event, bool]:
-        """The terminal event, and whether others wait."""
-        if agent is None:
-            appended, rewritten = self._note(turn.turn.request.message, turn.transcript), False
-            state = None
-        else:
-            appended, rewritten = agent.unsaved()
-            state = agent.state()
-        final = live.number(turn, self._terminal(turn, outcome))
-        transcript = turn.transcript.closed(outcome.status.value)
-        finish = Finish([final], outcome, transcript, appended, rewritten, final.ts, state)
-        others = self.writer.finish(live, finish, timeout=COMMIT_TIMEOUT)
-        # All it said is in the store now, and a reader may hold on to the turn.
-        turn.transcript = Transcript()
-        return final, others
-
-    def _terminal(self, turn: LiveTurn, outcome: Outcome) -> Draft:
-        now = self._clock()
-        began = now if turn.turn.began is None else turn.turn.began
-        return terminal(outcome, duration_ms=int((now - began) * 1000))
-
-    def _show(
-        self,
-        live: Live,
-        turn: LiveTurn,
-        outcome: Outcome,
-        final: Event | None,
-        *,
-        others: bool = False,
-    ) -> LiveTurn | None:
-        """Tell the readers. Without *final* the log does not have it: it has no number."""
+    def _show(self, live: Live, turn: LiveTurn, ended: Ended) -> LiveTurn | None:
+        """Tell the readers. If the log does not have its last event, that has no number."""
+        outcome, final, others = ended
         if final is None:
-            draft = self._terminal(turn, outcome)
+            draft = self.endings.terminal(turn, outcome)
             final = Event(None, turn.turn.id, draft.type, draft.data, self._clock(), draft.extra)
         # Before anyone is told, all that is left to do: whoever asks then has to find it counted.
         self.observer.ended(live.key, turn.turn, outcome, self._clock())
@@ -799,4 +640,8 @@ def _told(live: Live, turn: LiveTurn) -> dict[str, str]:
 def call(callbacks: cabc.Iterable[Callback], reason: str) -> None:
     """Call every one of *callbacks* with *reason*. Hold no lock."""
     for callback in callbacks:
-        callback(reason)
+        try:
+            callback(reason)
+        except Exception:
+            # The others have to hear of it all the same, and so have other turns.
+            _LOG.exception("a callback of a turn that is to stop failed")

@@ -28,6 +28,7 @@ from agentao_web.core.errors import SessionBusy
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.errors import TooManySessions
 from agentao_web.core.errors import TooManyTurns
+from agentao_web.core.errors import WebError
 from agentao_web.core.log import Event
 from agentao_web.core.log import is_ahead
 from agentao_web.core.names import SessionKey
@@ -161,6 +162,7 @@ class SessionPool:
             self._books,
             max_turns=caps.max_turns,
             question_timeout=caps.question_timeout,
+            patience=caps.worker_lease,
             clock=self.clock,
             log=self._log,
             observer=self._observer,
@@ -253,6 +255,7 @@ class SessionPool:
             "agentao_threads_given_up": float(self._books.given_up),
             "agentao_sessions_in_memory": float(len(self._map)),
             "agentao_store_lag_seconds": self._writer.lag,
+            "agentao_cleanups_stuck": float(self._runner.endings.chores.stuck()),
         }
         if self._pid is not None and not self._closed.is_set():
             found["agentao_worker_heartbeat_age_seconds"] = self._peers.last_beat
@@ -393,9 +396,12 @@ class SessionPool:
                 new=new,
                 use=self._runner.use(turn),
             )
-        except StoreUnavailable:
-            # Its commit may have gone through all the same, and nobody would ever run it.
-            self._runner.end_later(live.key, turn.turn.id)
+        except AlreadyAccepted:
+            raise
+        except Exception as exc:
+            if isinstance(exc, StoreUnavailable) or not isinstance(exc, WebError):
+                # Its commit may have gone through all the same, and nobody would ever run it.
+                self._runner.endings.end_later(live.key, turn.turn.id)
             raise
 
     def _wait_elsewhere(self, live: Live, turn: LiveTurn) -> None:
@@ -594,9 +600,9 @@ class SessionPool:
         ended = self._books.wait_quiet(lambda: not live.turns(), until)
         while ended and self.store.active(key):
             ended = time.monotonic() < until and not self._closed.wait(_ASK)
-        if ended:
-            self.remove(key)
-        return ended
+        # What cannot be removed now is tried again by the janitor.
+        chores = self._runner.endings.chores
+        return ended and chores.attempt("remove_session", key, functools.partial(self.remove, key))
 
     def remove(self, key: SessionKey) -> None:
         """Finish the deletion of a session that has a tombstone and no turn."""
@@ -668,7 +674,10 @@ class SessionPool:
     def tick(self, now: float) -> None:
         """Look at every deadline once: turns, readers that left, idle sessions."""
         for turn, live in self._books.running():
-            self._check(live, turn, now)
+            try:
+                self._check(live, turn, now)
+            except Exception:
+                self._log.exception("a turn's deadlines could not be looked at")
         # Not every place that comes free has a thread at hand: who parks gives one back too.
         self._runner.next_in_line()
         with self._lock:

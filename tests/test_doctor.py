@@ -10,6 +10,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 import typing as t
 from pathlib import Path
 
@@ -23,10 +24,17 @@ from agentao_web import shutdown
 from agentao_web.cli import flask_group
 from agentao_web.cli import main
 from agentao_web.config import Settings
+from agentao_web.core.log import Draft
+from agentao_web.core.log import Event
+from agentao_web.core.names import SessionKey
+from agentao_web.core.turn import Outcome
+from agentao_web.core.turn import State
 from agentao_web.doctor import Finding
 from agentao_web.doctor import all_well
 from agentao_web.doctor import lines
 from agentao_web.doctor import machine
+from agentao_web.store import Finish
+from agentao_web.store import TurnRow
 from agentao_web.store.sql import SqlStore
 from agentao_web.testing import say
 from agentao_web.testing import scripted
@@ -144,6 +152,22 @@ def test_a_slow_commit_is_measured_against_the_lease(
         monkeypatch.setattr(machine, "_commit_time", lambda store, seconds=seconds: seconds)
         (found,) = of(store(case(tmp_path)), "store", level)
         assert words in f"{found.message} {found.cure}"
+
+
+def test_a_deleted_session_that_does_not_go_is_told_of(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/store.db"
+    for seconds in (0.0, 3600.0):
+        then = time.time() - seconds
+        with contextlib.closing(SqlStore(url, clock=lambda then=then: then)) as store:  # type: ignore[misc]
+            key = SessionKey("acme", "ann", f"{seconds:g}")
+            row = TurnRow(f"t{seconds:g}", "hi", 0, 1.0, "w")
+            held = store.claim(key, row, Draft("turn_begin", {}), 1.0)
+            final = Event(t.cast(int, held.opening.seq) + 1, row.id, "done", {}, 2.0)
+            store.finish(held, Finish([final], Outcome(State.COMPLETED), [], [], False, 2.0))
+            store.tombstone(key)
+    findings = list(machine.examine(case(tmp_path, AGENTAO_DATABASE_URL=url)))
+    (found,) = [one for one in of(findings, "store", "wrong") if "deleted" in one.message]
+    assert found.message.startswith("1 deleted session has been waiting")
 
 
 def test_the_kind_of_disk_is_known() -> None:

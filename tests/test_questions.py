@@ -854,7 +854,8 @@ def test_a_claim_that_was_lost_ends_the_wait(crew: Crew, monkeypatch: pytest.Mon
     one, two = crew(script, say_ok)
     started = one.start()
     asked(one, started)
-    started.live.lost()  # What the writer says when it finds out.
+    assert started.turn is not None and started.turn.claim is not None
+    started.live.lost(started.turn.claim)  # What the writer says when it finds out.
     last = final(one, started)
     assert last.extra["error"]["code"] == "worker_lost"
     assert script.outcomes[0][0] == "cancelled"

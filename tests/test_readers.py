@@ -8,6 +8,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 import typing as t
 from pathlib import Path
 
@@ -318,3 +319,73 @@ def test_a_reader_that_knew_the_end_first_is_not_kept(
     live.close(force=True)
     thread.join(PATIENCE)
     assert not late and rest == []
+
+
+# -- many at once ------------------------------------------------------------------------------
+
+
+def test_a_reader_that_leaves_wakes_no_other(
+    probe: cabc.Callable[..., Probe], watcher: Watcher
+) -> None:
+    """Of a thousand that leave at once each would wake all the others."""
+    looked = [0] * 40
+    p = probe(until_stopped)
+    started = p.start()
+    pairs = [socket.socketpair() for _ in looked]
+    ready, gone = threading.Semaphore(0), threading.Semaphore(0)
+
+    def read(n: int) -> None:
+        def dismissed() -> bool:
+            # Asked whenever it is woken, before it waits again.
+            looked[n] += 1
+            ready.release()
+            return False
+
+        reader = Reader(
+            started.live,
+            p.store,
+            started.cursor,
+            turn=started.turn,
+            watcher=watcher,
+            sock=pairs[n][0],
+            dismissed=dismissed,
+        )
+        with reader:
+            while not reader.left:
+                reader.read(limit=100, max_bytes=10**6)
+                reader.wait(started.live.clock() + PATIENCE)
+        gone.release()
+
+    threads = [threading.Thread(target=read, args=(n,)) for n in range(len(looked))]
+    for thread in threads:
+        thread.start()
+    for _ in looked:
+        assert ready.acquire(timeout=PATIENCE)
+    # The turn has said its one word, and everybody has heard it.
+    until(lambda: started.live.head == all_heard(started.live), "not heard")
+    before = list(looked)
+    for n in range(20):
+        pairs[n][1].close()
+        assert gone.acquire(timeout=PATIENCE)
+    woken = sum(looked[20:]) - sum(before[20:])
+    # Each may just have been on its way to sleep; and then there are 20 times 20.
+    assert woken <= 20, "those that stay sleep on"
+    for n in range(20, 40):
+        pairs[n][1].close()
+    for thread in threads:
+        thread.join(PATIENCE)
+    for pair in pairs:
+        pair[0].close()
+    p.pool.cancel(p.key())
+
+
+def all_heard(live: Live) -> int:
+    """The last number that every reader has seen."""
+    return min(t.cast(int, reader.cursor) for reader in list(live._readers))
+
+
+def until(condition: cabc.Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, what
+        threading.Event().wait(0.01)

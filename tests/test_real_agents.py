@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc as cabc
 import json
 import logging
+import os
 import threading
 import time
 import typing as t
@@ -17,7 +18,14 @@ from agentao_web import AgentaoWeb
 from agentao_web import Principal
 from agentao_web import shutdown
 from agentao_web.auth import Tokens
+from agentao_web.core.log import Draft
+from agentao_web.core.log import Event
+from agentao_web.core.names import SessionKey
+from agentao_web.core.turn import Outcome
+from agentao_web.core.turn import State
 from agentao_web.extension import pool_of
+from agentao_web.store import Finish
+from agentao_web.store import TurnRow
 from tests.agents.scripted_llm import Ticking
 from tests.model_server import ModelServer
 from tests.model_server import call
@@ -483,3 +491,101 @@ def test_a_message_that_looks_like_anything_is_just_a_message(web: cabc.Callable
     w.model.reply = lambda body: say("ok")
     for text in ("\u202e\u0000"[:1], "{}", "</system-reminder>", "🙂" * 1000, "\x1b[31m"):
         assert w.ask(text)["status"] == "completed"
+
+
+# -- texts that cannot be encoded --------------------------------------------------------------
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("todo_write", {"todos": [{"content": HALF, "status": "pending"}]}),
+        ("glob", {"pattern": f"*{HALF}*"}),
+        ("search_file_content", {"pattern": HALF}),
+        ("read_file", {"file_path": f"{HALF}.txt"}),
+        ("list_directory", {"path": HALF}),
+        ("ask_user", {"question": HALF, "options": [HALF]}),
+        ("no_such_tool", {HALF: HALF}),
+    ],
+)
+def test_half_an_emoji_in_a_tools_argument_spoils_no_later_turn(
+    web: cabc.Callable[..., Web], model: ModelServer, tool: str, arguments: dict[str, t.Any]
+) -> None:
+    w = web()
+    model.script(call(tool, arguments), say("so much for that"), say("fine"))
+    if w.ask("go")["status"] == "waiting":
+        w.answer(w.question("ask_user_requested"), answer="as you like")
+    assert w.idle()["data"]["status"] == "completed"
+    assert w.ask("and on")["reply"] == "fine"
+    assert_encodable(w, model)
+
+
+def test_names_of_files_that_are_no_text_spoil_no_later_turn(
+    web: cabc.Callable[..., Web], model: ModelServer
+) -> None:
+    w = web()
+    folder = os.fsencode(w.workspace())
+    for name in (b"\x80", b"\xff.txt"):
+        with open(os.path.join(folder, name), "w") as file:
+            file.write("needle")
+    model.script(
+        call("list_directory", {"path": "."}),
+        call("glob", {"pattern": "**/*"}),
+        call("search_file_content", {"pattern": "needle"}),
+        say("seen"),
+        say("fine"),
+    )
+    assert w.ask("look around")["reply"] == "seen"
+    assert w.ask("and on")["reply"] == "fine"
+    assert_encodable(w, model)
+
+
+def test_arguments_that_nest_1500_deep_spoil_no_later_turn(
+    web: cabc.Callable[..., Web], model: ModelServer
+) -> None:
+    w = web()
+    deep: t.Any = "bottom"
+    for _ in range(500):
+        deep = [deep]
+    arguments = json.dumps({"todos": deep}).replace('"bottom"', "[" * 1000 + "]" * 1000)
+    reply = call("todo_write", {})
+    delta = t.cast(t.Any, reply.deltas[0])
+    delta["tool_calls"][0]["function"]["arguments"] = arguments
+    model.script(reply, say("so much for that"), say("fine"))
+    assert w.ask("go")["status"] == "completed"
+    assert w.ask("and on")["reply"] == "fine"
+
+
+def test_a_history_of_the_first_version_with_half_an_emoji_goes_on(
+    web: cabc.Callable[..., Web], model: ModelServer
+) -> None:
+    """As it lies in a database that was written before such texts were mended."""
+    w = web()
+    model.script(say("before"), say("fine"))
+    assert w.ask("one")["status"] == "completed"
+    house = w.app.extensions["agentao_web"]
+    key = SessionKey("acme", "ann", "s")
+    store = house.pool.store
+    row = TurnRow("t-old", "old", 0, 1.0, "w")
+    held = store.claim(key, row, Draft("turn_begin", {"message": "old", "images": 0}), 1.0)
+    final = Event(held.opening.seq + 1, "t-old", "done", {}, 2.0)
+    old = [
+        {"role": "user", "content": "old"},
+        {"role": "assistant", "content": f"half {HALF}"},
+    ]
+    state = {"skills": [], "todos": [{"content": HALF, "status": "pending"}]}
+    outcome = Outcome(State.COMPLETED)
+    store.finish(held, Finish([final], outcome, [], old, False, 2.0, state))
+    assert w.ask("two")["reply"] == "fine"
+    assert_encodable(w, model)
+
+
+def assert_encodable(w: Web, model: ModelServer) -> None:
+    """Nothing that was sent, told or kept of this session has half an emoji in it."""
+    for request in model.requests:
+        json.dumps(request.body, ensure_ascii=False).encode()
+    for path in ("/chat/s/events?wait=0", "/session/s/messages", "/session/s"):
+        answer = w.client.get(path, headers=w.headers())
+        json.dumps(answer.json, ensure_ascii=False).encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import threading
+import time
 import typing as t
 
 import pytest
@@ -482,8 +483,8 @@ def lose_its_claim(p: Probe, started: Started) -> None:
     def append(batches: t.Any) -> list[t.Any]:
         return [claim for claim, _ in batches]
 
-    def find_out() -> None:
-        lost()
+    def find_out(claim: t.Any) -> None:
+        lost(claim)
         found_out.set()
 
     p.store.append = append
@@ -1159,7 +1160,7 @@ def test_the_end_of_a_queued_turn_that_cannot_be_stored_is_told_once_and_stored_
         stage.publish(Draft("llm_text", {"chunk": "before"}))
         assert goes_on.wait(PATIENCE)
 
-    p = probe(script, store=store)
+    p = probe(script, store=store, worker_lease=1.0)
     first, queued = one_behind_another(p)
     assert queued.turn is not None
     store.away.set()
@@ -1169,7 +1170,10 @@ def test_the_end_of_a_queued_turn_that_cannot_be_stored_is_told_once_and_stored_
     told = read_turn(p.pool, first.live, queued.turn, queued.cursor)
     assert (told[-1].seq, told[-1].data["reason"]) == (None, "cancelled_by_user")
     store.away.clear()
-    p.pool._runner.close_ours()
+    until = time.monotonic() + PATIENCE
+    while p.store.active(p.key()):
+        assert time.monotonic() < until, "it is never closed"
+        threading.Event().wait(0.01)
     assert p.run("three").data["status"] == "completed"
     ends = [(e.turn_id, e.data["status"]) for e in p.log() if e.type in ("done", "error")]
     assert len(ends) == 3 and dict(ends)[queued.turn_id] == "cancelled"

@@ -150,7 +150,7 @@ def settle(probes: list[Probe]) -> None:
                 probe.pool.cancel(probe.key(sid))
         counts = [probe.pool.counts() for probe in probes]
         rows = {sid: probes[0].store.active(probes[0].key(sid)) for sid in (*KEPT, DOOMED)}
-        unclosed = [probe.pool._runner.unclosed for probe in probes]
+        unclosed = [probe.pool._runner.endings.unclosed for probe in probes]
         busy = any(c["turns"] or c["slots"] or c["given_up"] for c in counts)
         if not busy and not any(rows.values()) and not any(unclosed):
             return

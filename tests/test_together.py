@@ -263,12 +263,11 @@ def test_a_queued_turn_the_store_could_not_end_is_ended_later(crew: Crew) -> Non
     one.run("first")
     gone = TurnRow("t-of-a-dead-worker", "two", 0, 1.0, "a-dead-worker")
     one.store.enqueue(one.key(), gone, limit=4)
-    (orphan,) = one.store.orphans(4.5)
-    good, runner = one.store.end_queued, one.pool._runner
+    (orphan,) = one.store.orphans(())
+    good, endings = one.store.end_queued, one.pool._runner.endings
     one.store.end_queued = refuse
     with pytest.raises(StoreUnavailable):
-        runner.reap(orphan)
-    runner.reap_later(orphan)
+        endings.reap(orphan)
     one.store.end_queued = good
     one.pool._peers._looked = 0.0
     look(one.pool.clock())
@@ -389,7 +388,7 @@ def test_who_reads_a_queued_turn_is_told_also_if_nobody_writes_its_end(crew: Cre
     """The worker that holds the session may be hung, or of a version that knows nothing of this."""
     one, two = crew(until_stopped, say_ok)
     first = one.start("one")
-    one.pool._runner.write_endings = lambda key: None  # type: ignore[method-assign]
+    one.pool._runner.endings.write_endings = lambda key: None  # type: ignore[method-assign]
     second = two.start("two", on_busy="queue")
     by_stop(two, second)
     end = final(two, second)
@@ -745,7 +744,7 @@ def test_a_turn_the_store_could_not_end_is_ended_when_it_is_back(
     crew: Crew, committed: bool
 ) -> None:
     """With its true outcome, if the commit had gone through and only the answer was lost."""
-    (one,) = crew(say_ok)
+    (one,) = crew(say_ok, worker_lease=1.0)
     good = one.store.finish
 
     def finish(*args: t.Any) -> t.NoReturn:

@@ -11,6 +11,7 @@ import itertools
 import logging
 import typing as t
 
+from agentao import Agentao
 from agentao.cancellation import AgentCancelledError
 from agentao.cancellation import CancellationToken
 from agentao.context_manager import is_context_too_long_error
@@ -22,9 +23,11 @@ from agentao_web.agents.approvals import SPANS
 from agentao_web.agents.approvals import Approvals
 from agentao_web.agents.approvals import rememberable
 from agentao_web.agents.budget import Meter
+from agentao_web.agents.messages import Messages
 from agentao_web.agents.model.refusals import Failure
 from agentao_web.agents.relative import Pieces
 from agentao_web.agents.relative import relative
+from agentao_web.core import clean
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.log import Draft
 from agentao_web.core.question import Question
@@ -270,18 +273,14 @@ class Bridge:
 
     def text(self, value: t.Any, limit: int | None = None) -> str:
         """*value* as text that can be sent: encodable, workspace paths relative, bounded."""
-        text = value if isinstance(value, str) else str(value)
+        text = clean.text(value) if isinstance(value, str) else clean.words(value)
         text = relative(text, self._workspace)
-        if not text.isascii():
-            text = text.encode("utf-8", "replace").decode("utf-8")
         return text if limit is None or len(text) <= limit else text[:limit]
 
     def plain(self, value: t.Any, depth: int = 0) -> t.Any:
         """*value* as bounded JSON: what is no JSON becomes text."""
-        if value is None or isinstance(value, bool | int):
-            return value
-        if isinstance(value, float):
-            return value if abs(value) < float("inf") else str(value)
+        if value is None or isinstance(value, int | float):
+            return clean.plain(value)
         if isinstance(value, cabc.Mapping) and depth < _DEPTH_LIMIT:
             items = itertools.islice(value.items(), _ITEMS_LIMIT)
             return {self.text(k, 256): self.plain(v, depth + 1) for k, v in items}
@@ -320,9 +319,8 @@ class Bridge:
                 yield from self._pieces(kind, _IN_PIECES[kind], said.rest())
 
     def _call_completed(self, data: Data) -> cabc.Iterator[Draft]:
-        used = {name: data[name] for name in _USAGE if isinstance(data.get(name), int)}
-        for name, amount in used.items():
-            self._usage[name] = self._usage.get(name, 0) + amount
+        used = clean.usage({name: data.get(name) for name in _USAGE})
+        self._usage = clean.usage(self._usage, used)
         if used:
             yield Draft("usage", used)
 
@@ -346,7 +344,7 @@ class Bridge:
             status = "denied"
         if status in ("ok", "error"):
             self.ran.append(self.text(data.get("tool", ""), 128))
-        told = {"status": status, "duration_ms": data.get("duration_ms")}
+        told = {"status": status, "duration_ms": self.plain(data.get("duration_ms"))}
         yield Draft("tool_complete", {**self._tool(data), **told})
 
     def _tool_result(self, data: Data) -> cabc.Iterator[Draft]:
@@ -433,12 +431,14 @@ class AgentaoAgent:
         self._max_steps = max_steps
         self._close = close
         self._log = log
+        self._mend()
         # The very objects: a compaction replaces them, and that has to be seen.
         self._kept: list[t.Any] = list(agent.messages)
 
     def run(self, request: TurnRequest, stage: Stage) -> Outcome:
         """One ``agent.chat()``; see agentao_web.runner.Agent."""
         token = CancellationToken()
+        self._mend()
         before, rewritten = list(self._agent.messages), self._bridge.rewritten
         self._bridge.attach(stage)
         stage.on_stop(token.cancel)
@@ -455,6 +455,7 @@ class AgentaoAgent:
             pass  # The outcome says so.
         finally:
             usage = self._bridge.detach()
+            self._mend()
         outcome = self._outcome(usage)
         kept = self._whole(request, before, outcome)
         if kept is not None:
@@ -465,10 +466,22 @@ class AgentaoAgent:
                 manager.invalidate_token_anchor()
         return outcome
 
+    def _mend(self) -> None:
+        """Also a host's own agent: what its tools bring must not spoil its history."""
+        messages = self._agent.messages
+        if isinstance(messages, Messages) or not isinstance(messages, list):
+            return
+        if isinstance(self._agent, Agentao):
+            self._agent.messages = Messages(messages)
+        else:
+            # Of what is not Agentao nobody knows who else holds the list.
+            messages[:] = Messages(messages)
+
     def _outcome(self, usage: dict[str, int]) -> Outcome:
         """What ``agent.last_turn`` says, never the text (notes, section 2)."""
         last = self._agent.last_turn
-        counts = {"usage": usage, "tool_count": last.tool_count}
+        tools = last.tool_count if isinstance(last.tool_count, int) else 0
+        counts: dict[str, t.Any] = {"usage": usage, "tool_count": tools}
         reason = last.incomplete_reason
         if reason == "llm_error":
             return self._failed(counts)
@@ -547,8 +560,8 @@ class AgentaoAgent:
         messages, kept = self._agent.messages, self._kept
         same = len(messages) >= len(kept) and all(a is b for a, b in zip(messages, kept))  # noqa: B905
         if self._bridge.rewritten or not same:
-            return list(messages), True
-        return messages[len(kept) :], False
+            return clean.texts(list(messages)), True
+        return clean.texts(messages[len(kept) :]), False
 
     def saved(self) -> None:
         """See agentao_web.runner.Agent."""

@@ -20,6 +20,7 @@ import typing as t
 import httpx2
 from agentao.cancellation import AgentCancelledError
 
+from agentao_web.core import clean
 from agentao_web.core.errors import BudgetExhausted
 from agentao_web.core.errors import StoreUnavailable
 
@@ -33,8 +34,6 @@ _LEAST_ANSWER: t.Final = 256
 _SHARE: t.Final = 10
 _LEAST_SHARE: t.Final = 1_024
 
-#: More than any call can cost; a provider that reports it is not believed.
-_MOST_TOKENS: t.Final = 10**9
 _LENGTH: t.Final = frozenset({"length", "max_tokens", "max_output_tokens"})
 
 Data = cabc.Mapping[str, t.Any]
@@ -313,8 +312,7 @@ def _images(message: dict[str, t.Any]) -> int:
 
 def _reported(counts: cabc.Iterable[t.Any]) -> int:
     """The sum of what a provider reports, as far as these are numbers of tokens."""
-    known = (n for n in counts if isinstance(n, int) and not isinstance(n, bool))
-    return sum(n for n in known if 0 < n <= _MOST_TOKENS)
+    return min(sum(filter(clean.is_tokens, counts)), clean.MAX_TOKENS)
 
 
 def _said(response: t.Any) -> tuple[t.Any, str | None]:
@@ -384,8 +382,20 @@ class Metered:
         options: dict[str, t.Any],
     ) -> t.Any:
         if self.meter is None:
-            return send(messages, tools=tools, max_tokens=max_tokens, **options)
-        return self.meter.call(send, messages, tools, max_tokens or self.max_tokens, options)
+            response = send(messages, tools=tools, max_tokens=max_tokens, **options)
+        else:
+            most = max_tokens or self.max_tokens
+            response = self.meter.call(send, messages, tools, most, options)
+        _clean_arguments(response)
+        return response
+
+
+def _clean_arguments(response: t.Any) -> None:
+    """A tool gets clean texts, and so does the history: half an emoji would spoil both."""
+    message, _ = _said(response)
+    for call in getattr(message, "tool_calls", None) or ():
+        if isinstance(call.function.arguments, str):
+            call.function.arguments = clean.arguments(call.function.arguments)
 
 
 def _nothing(model: str) -> t.Any:

@@ -34,6 +34,7 @@ from .memory import NoMemory
 from .memory import NoRecall
 from .memory import Recall
 from .memory import SaveTool
+from .messages import Messages
 from .quota import Quota
 from .shell import CommandTool
 from .shell import Executor
@@ -78,6 +79,15 @@ class WorkspaceAgent(Agentao):
 
     #: What the model is told of tools it does not have now, at the end of its prompt.
     notice = ""
+
+    @property
+    def messages(self) -> list[dict[str, t.Any]]:
+        """The history; a compaction puts a new one in its place."""
+        return self._clean_messages
+
+    @messages.setter
+    def messages(self, messages: list[dict[str, t.Any]]) -> None:
+        self._clean_messages = Messages(messages)
 
     def _build_system_prompt(self) -> str:
         return super()._build_system_prompt().replace(str(NOWHERE), ".") + self.notice

@@ -28,6 +28,7 @@ from agentao_web.agents.early import model
 from agentao_web.agents.mcp import Server
 from agentao_web.agents.mcp import read_servers
 from agentao_web.agents.memory import open_memory
+from agentao_web.agents.messages import Messages
 from agentao_web.agents.model.pool import ModelPool
 from agentao_web.agents.model.pool import check_agentao
 from agentao_web.agents.quota import Quota
@@ -185,6 +186,8 @@ class AgentaoAgents:
     def build(self, key: SessionKey, history: History) -> AgentaoAgent:
         guards.install()
         principal = Principal(key.tenant, key.user)
+        # One that was stored by an earlier version may have texts no model takes.
+        history = dataclasses.replace(history, messages=Messages(history.messages))
         workspace = self.workspaces.make(key)
         rules = self._rules(principal)
         meter = self._meter(principal, rules)

@@ -23,6 +23,7 @@ import typing_extensions
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_json
 
+from agentao_web.core import clean
 from agentao_web.core.names import Principal
 
 #: How many complaints about its arguments the model is told, and how much of each.
@@ -223,7 +224,7 @@ def _given(function: t.Any) -> _Given:
         raise _no(function, "it has no docstring, which tells the model what it is for")
     parameters = tuple(_parameters(function))
     hints = _hints(function, inner, parameters)
-    return _Given(_name(function, options), _clean(text), options, parameters, hints)
+    return _Given(_name(function, options), clean.text(text), options, parameters, hints)
 
 
 def _inner(function: t.Any) -> t.Any:
@@ -362,7 +363,3 @@ def _place(function: t.Any) -> str:
 
 def _first_line(exc: Exception) -> str:
     return str(exc).partition("\n")[0] or type(exc).__name__
-
-
-def _clean(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")

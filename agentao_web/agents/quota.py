@@ -128,7 +128,7 @@ def usage(root: Path, *, most: int) -> Usage:
     """
     size = files = 0
     try:
-        for info in _walk(_opened(os.fspath(root)), MAX_DEPTH):
+        for info in _walk(opened(os.fspath(root)), MAX_DEPTH):
             files += 1
             if stat.S_ISREG(info.st_mode):
                 taken = info.st_blocks * 512
@@ -142,12 +142,6 @@ def usage(root: Path, *, most: int) -> Usage:
     return Usage(size, files)
 
 
-def unlock(root: Path) -> None:
-    """Give the owner back the right to look into every folder below *root*."""
-    # Counting does it by the way; no count is large enough to end early.
-    usage(root, most=2**62)
-
-
 def _walk(fd: int, depth: int) -> cabc.Iterator[os.stat_result]:
     """Everything below the folder *fd*, which is closed in the end. No link is followed."""
     try:
@@ -159,12 +153,13 @@ def _walk(fd: int, depth: int) -> cabc.Iterator[os.stat_result]:
                     info = entry.stat(follow_symlinks=False)
                     yield info
                     if stat.S_ISDIR(info.st_mode):
-                        yield from _walk(_opened(entry.name, fd), depth - 1)
+                        yield from _walk(opened(entry.name, fd), depth - 1)
     finally:
         os.close(fd)
 
 
-def _opened(name: str, parent: int | None = None) -> int:
+def opened(name: str, parent: int | None = None) -> int:
+    """The folder *name*, no link, as a descriptor; FileNotFoundError if it is none."""
     try:
         return os.open(name, _DIRECTORY, dir_fd=parent)
     except NotADirectoryError:  # another one by now

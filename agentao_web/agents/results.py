@@ -10,6 +10,8 @@ from pydantic_core import PydanticSerializationError
 from pydantic_core import to_json
 from pydantic_core import to_jsonable_python
 
+from agentao_web.core import clean
+
 #: Characters of one result.
 MAX_RESULT: t.Final = 256 * 1024
 
@@ -31,11 +33,6 @@ def as_text(value: t.Any) -> str:
     return _bounded(_json(value))
 
 
-def clean(text: str) -> str:
-    """*text* without what cannot be encoded: a lone surrogate would spoil the whole history."""
-    return str.encode(text, "utf-8", "replace").decode("utf-8")
-
-
 def _json(value: t.Any) -> str:
     try:
         return to_json(value, fallback=_words, inf_nan_mode="strings").decode("utf-8")
@@ -55,7 +52,7 @@ def _words(value: t.Any) -> str:
 def _bounded(text: str, length: int | None = None) -> str:
     # By str's own methods: a subclass may have others.
     length = str.__len__(text) if length is None else length
-    kept = clean(str.__getitem__(text, slice(MAX_RESULT)))
+    kept = clean.text(str.__getitem__(text, slice(MAX_RESULT)))
     if length <= MAX_RESULT:
         return kept
     return f"{kept}\n[cut: these are the first {MAX_RESULT} of {length} characters]"

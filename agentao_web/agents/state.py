@@ -8,6 +8,8 @@ from __future__ import annotations
 import collections.abc as cabc
 import typing as t
 
+from agentao_web.core import clean
+
 #: Bounds of what is stored with a session.
 MAX_TODOS: t.Final = 100
 MAX_TEXT: t.Final = 1000
@@ -31,14 +33,14 @@ def restore(agent: t.Any, state: cabc.Mapping[str, t.Any]) -> None:
 
 def _short(items: cabc.Iterable[cabc.Mapping[str, t.Any]]) -> list[dict[str, str]]:
     first = list(items)[:MAX_TODOS]
-    return [{key: str(value)[:MAX_TEXT] for key, value in item.items()} for item in first]
+    return [{key: clean.words(value)[:MAX_TEXT] for key, value in i.items()} for i in first]
 
 
 def _texts(items: t.Any, *keys: str) -> list[dict[str, str]]:
     if not isinstance(items, list):
         return []
     return [
-        {key: item[key] for key in keys}
+        {key: clean.text(item[key]) for key in keys}
         for item in items
         if isinstance(item, dict) and all(isinstance(item.get(key), str) for key in keys)
     ]

@@ -30,7 +30,7 @@ from agentao_web.agents.functions import Description
 from agentao_web.agents.functions import ToolError
 from agentao_web.agents.functions import describe
 from agentao_web.agents.results import as_text
-from agentao_web.agents.results import clean
+from agentao_web.core import clean
 from agentao_web.core.names import Principal
 
 #: Functions for the agents of a principal; asked whenever an agent is built.
@@ -266,7 +266,7 @@ class HostTool(Tool):
 
 def _said(exc: ToolError) -> str:
     try:
-        return clean(str(exc))[:MAX_ERROR] or "the tool failed"
+        return clean.text(str(exc))[:MAX_ERROR] or "the tool failed"
     except Exception:
         return "the tool failed"
 

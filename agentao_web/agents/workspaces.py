@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import shutil
 from pathlib import Path
 
 from agentao_web.agents.quota import book_of
-from agentao_web.agents.quota import unlock
+from agentao_web.agents.removal import remove_folder
 from agentao_web.core.names import SessionKey
 
 
@@ -52,15 +51,13 @@ class Workspaces:
         """Remove the session's own folder and memory, if it has its own."""
         if self._sharing == "session":
             path = self.path(key)
-            # A command may have taken the right to look into a folder away.
-            unlock(path)
-            shutil.rmtree(path, ignore_errors=True)
-            book_of(path).unlink(missing_ok=True)
             memory = self.memory(key)
             if memory is not None:
                 # And what SQLite keeps beside it.
                 for ending in ("", "-wal", "-shm", "-journal"):
                     memory.with_name(memory.name + ending).unlink(missing_ok=True)
+            book_of(path).unlink(missing_ok=True)
+            remove_folder(path)
 
 
 def _digest(*names: str) -> str:

@@ -61,6 +61,9 @@ class Observer:
     def store_failed(self) -> None:
         """The store could not be asked."""
 
+    def stumbled(self, kind: str) -> None:
+        """Cleaning up failed, and will be tried again; *kind* is one of agentao_web.chores."""
+
     def ticked(self) -> None:
         """Some time has passed: sizes may be looked at."""
 

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import typing as t
 
+from agentao_web.core import clean
 from agentao_web.core.errors import FAILURES
 from agentao_web.core.log import Draft
 
@@ -160,11 +161,14 @@ class Turn:
         return True
 
     def end(self, outcome: Outcome, now: float) -> None:
-        """Enter the state of *outcome*, by way of ``begin`` or ``stop`` where the table asks."""
+        """Enter the state of *outcome*, by way of other steps where the table asks for them."""
         if self.state is State.QUEUED and outcome.status.value not in TRANSITIONS[State.QUEUED]:
             self.step("begin", now)
             if self.stop_reason is not None:
                 self.step("stop", now)
+        elif self.state is State.WAITING and outcome.status.value not in TRANSITIONS[self.state]:
+            # Its agent ended with a question still open on another thread.
+            self.step("answer" if self.stop_reason is None else "stop", now)
         self.step(outcome.status.value, now)
 
     def waited_for(self, now: float) -> float:
@@ -181,10 +185,32 @@ class Turn:
         return now - self.created - self.waited_for(now)
 
 
+def checked(outcome: object) -> Outcome:
+    """What an agent says of its turn, as far as it can be told and kept; TypeError if it cannot."""
+    if not isinstance(outcome, Outcome):
+        raise TypeError(f"an agent ends a turn with an Outcome, not {type(outcome).__name__}")
+    tools = outcome.tool_count
+    return dataclasses.replace(
+        outcome,
+        reason=None if outcome.reason is None else clean.words(outcome.reason),
+        reply=clean.words(outcome.reply),
+        usage=clean.usage(outcome.usage),
+        tool_count=tools if clean.is_tokens(tools) else 0,
+        details=clean.fields(outcome.details),
+    )
+
+
 def settle(outcome: Outcome, stop_reason: str | None) -> Outcome:
-    """*outcome* as a turn stopped for *stop_reason* ends: the reason wins over what came out."""
+    """*outcome* as a turn stopped for *stop_reason* ends: the reason wins over what came out.
+
+    One that no agent may end with, stopped by nobody, is a failure.
+    """
     if stop_reason is None:
-        return outcome
+        failed = outcome.status is State.FAILED
+        known = (outcome.reason or "internal_error") in FAILURES if failed else True
+        if known and outcome.status in (State.COMPLETED, State.INCOMPLETE, State.FAILED):
+            return outcome
+        return dataclasses.replace(outcome, status=State.FAILED, reason="internal_error")
     status = STOP_REASONS[stop_reason]
     return dataclasses.replace(outcome, status=status, reason=stop_reason)
 
@@ -194,7 +220,7 @@ def terminal(outcome: Outcome, *, duration_ms: int) -> Draft:
     data: dict[str, t.Any] = {
         "status": outcome.status.value,
         "reason": outcome.reason,
-        "usage": dict(outcome.usage),
+        "usage": clean.usage(outcome.usage),
         "tool_count": outcome.tool_count,
         "duration_ms": duration_ms,
     }

@@ -48,6 +48,8 @@ _STREAM_KIB: t.Final = 28
 _CLOCKS_APART: t.Final = 2.0
 #: No SQLite on these: its locks do not work there.
 _NETWORK = re.compile(r"nfs|cifs|smb|ceph|gluster|lustre|afs|fuse\.(sshfs|s3fs|rclone)")
+#: Seconds after which a deleted session should be gone: removing one takes a moment.
+_STUCK: t.Final = 300
 #: When this was written: an earlier clock is wrong.
 _WRITTEN: t.Final = 1_767_225_600  # 2026-01-01
 
@@ -255,6 +257,7 @@ def _commits(settings: Settings, url: str | Path) -> Findings:
         with contextlib.closing(store):
             yield ok("store", store.check())
             took, apart = _commit_time(store), store.clock() - time.time()
+            stuck = len(store.doomed(before=time.time() - _STUCK))
     except StoreUnavailable as exc:
         where = "AGENTAO_DATABASE_URL" if settings.database_url else "AGENTAO_ROOT"
         cure = f"is {where} right, does it run, may this user write there?"
@@ -272,6 +275,14 @@ def _commits(settings: Settings, url: str | Path) -> Findings:
         yield hint("store", f"a commit takes {took:.3f} s; a few of them are in each turn", cure)
     else:
         yield ok("store", f"a commit takes {took * 1000:.1f} ms")
+    if stuck:
+        yield wrong(
+            "store",
+            f"{stuck} deleted {'session has' if stuck == 1 else 'sessions have'} been waiting for "
+            f"more than {_STUCK // 60} minutes to be removed",
+            'start the server if it is not running; otherwise look for "could not be removed" in '
+            "its log, which says what is in the way",
+        )
     if abs(apart) > _CLOCKS_APART:
         cure = "run a time service on both, such as systemd-timesyncd"
         yield wrong("clock", f"the database's clock is {apart:+.0f} s from ours", cure)

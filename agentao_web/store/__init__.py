@@ -187,6 +187,8 @@ class Orphan:
     """The place in the log just before its first event."""
     ending: Draft | None = None
     """Its last event, if that is known."""
+    worker: str = ""
+    """Who accepted it, or has taken it over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,10 +423,17 @@ class Store(t.Protocol):
     # -- workers -------------------------------------------------------------------------------
 
     def beat(self, worker: str) -> None:
-        """*worker* is alive now, by the store's own clock."""
+        """*worker* is alive: its number grows.
+
+        The number says nothing of a time. Whoever wants to know whether *worker* lives looks
+        whether it changes, and measures with a clock of its own for how long it did not.
+        """
+
+    def beats(self) -> dict[str, float]:
+        """The number of every worker that has not left."""
 
     def leave(self, worker: str) -> None:
-        """*worker* has gone cleanly: its heartbeat and its signals are removed."""
+        """*worker* has gone: its heartbeat and its signals are removed."""
 
     def signal(self, key: SessionKey, reason: str, *, but: str, running_only: bool = False) -> int:
         """Tell the workers of the session's active turns *reason*, all but worker *but*'s own.
@@ -436,11 +445,14 @@ class Store(t.Protocol):
     def signals(self, worker: str) -> list[Signal]:
         """What others asked of *worker* since the last time; each is given once."""
 
-    def doomed(self) -> list[SessionKey]:
-        """Sessions with a tombstone and no active turn: somebody has to remove them."""
+    def doomed(self, before: float | None = None) -> list[SessionKey]:
+        """Sessions with a tombstone and no active turn: somebody has to remove them.
 
-    def orphans(self, lease: float) -> list[Orphan]:
-        """Active turns whose worker's last beat is more than *lease* seconds ago, or unknown.
+        With *before*, those that got it before that moment (of the wall clock).
+        """
+
+    def orphans(self, workers: cabc.Collection[str]) -> list[Orphan]:
+        """Active turns of those *workers*, and of such that have left or never showed a beat.
 
         Also every turn that has left the queue and whose end is not in the log yet.
         """

@@ -14,6 +14,7 @@ import threading
 import time
 import typing as t
 
+from agentao_web.core import clean
 from agentao_web.core.errors import BudgetExhausted
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import IdempotencyConflict
@@ -92,11 +93,6 @@ def share(left: int, least: int, most: int) -> int:
 def title_of(message: str) -> str:
     """What a session is called until someone renames it."""
     return " ".join(message.split())[:_TITLE_LENGTH]
-
-
-def added(usage: cabc.Mapping[str, int], more: cabc.Mapping[str, int]) -> dict[str, int]:
-    """Both usages together."""
-    return {name: usage.get(name, 0) + more.get(name, 0) for name in (*usage, *more)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +201,7 @@ class MemoryStore:
         self._log_bytes = log_bytes
         self._clock = clock
         self._beats: dict[str, float] = {}
+        """By the worker: how often it has shown that it lives."""
         self._spent: dict[tuple[str, str], int] = {}
         self._revoked: dict[tuple[str, str | None], float] = {}
         #: What was asked -> of which worker; asked twice is asked once.
@@ -295,7 +292,9 @@ class MemoryStore:
         return lost
 
     def finish(self, claim: Claim, finish: Finish) -> bool:
+        # Before anything is changed: what an agent gives may be no JSON.
         messages = [json.dumps(message) for message in finish.appended]
+        state = None if finish.state is None else json.dumps(dict(finish.state))
         with self._lock:
             record = self._held(claim)
             self._write(record, finish.events)
@@ -304,8 +303,7 @@ class MemoryStore:
                 record.epoch += 1
                 record.history = []
             record.history.extend(messages)
-            if finish.state is not None:
-                record.state = json.dumps(dict(finish.state))
+            record.state = record.state if state is None else state
             record.ended[claim.turn_id] = EndedTurn(finish.events[-1], record.cursor)
             for question in _open(record):
                 if question.turn_id == claim.turn_id:
@@ -315,7 +313,7 @@ class MemoryStore:
             record.row = dataclasses.replace(
                 record.row,
                 updated=finish.now,
-                usage=added(record.row.usage, finish.outcome.usage),
+                usage=clean.usage(record.row.usage, finish.outcome.usage),
                 version=claim.generation,
                 turn_id=None,
             )
@@ -465,7 +463,8 @@ class MemoryStore:
             record = self._records.get(key)
             if record is None:
                 return False
-            record.row = dataclasses.replace(record.row, deleting=True)
+            since = record.row.updated if record.row.deleting else time.time()
+            record.row = dataclasses.replace(record.row, deleting=True, updated=since)
             for turn_id in list(record.endings):
                 _unqueue(record, turn_id)
             return True
@@ -493,7 +492,8 @@ class MemoryStore:
             keys = [row.key for row in old[:PRUNED]]
             for key in keys:
                 record = self._records[key]
-                record.row = dataclasses.replace(record.row, deleting=True)
+                now = time.time()
+                record.row = dataclasses.replace(record.row, deleting=True, updated=now)
         return keys
 
     # -- tokens --------------------------------------------------------------------------------
@@ -517,13 +517,18 @@ class MemoryStore:
         if (tenant, day) not in self._spent:
             first = first_day(day)
             self._spent = {k: v for k, v in self._spent.items() if k[1] >= first}
-        self._spent[tenant, day] = max(0, self._spent.get((tenant, day), 0) + tokens)
+        total = self._spent.get((tenant, day), 0) + tokens
+        self._spent[tenant, day] = min(max(0, total), clean.MAX_TOKENS)
 
     # -- workers -------------------------------------------------------------------------------
 
     def beat(self, worker: str) -> None:
         with self._lock:
-            self._beats[worker] = self._clock()
+            self._beats[worker] = self._beats.get(worker, 0.0) + 1
+
+    def beats(self) -> dict[str, float]:
+        with self._lock:
+            return dict(self._beats)
 
     def leave(self, worker: str) -> None:
         with self._lock:
@@ -548,14 +553,14 @@ class MemoryStore:
                 del self._signals[signal]
         return mine
 
-    def doomed(self) -> list[SessionKey]:
+    def doomed(self, before: float | None = None) -> list[SessionKey]:
         with self._lock:
-            return [k for k, r in self._records.items() if r.row.deleting and not _active(r)]
+            rows = [r.row for r in self._records.values() if r.row.deleting and not _active(r)]
+        return [row.key for row in rows if before is None or row.updated < before]
 
-    def orphans(self, lease: float) -> list[Orphan]:
+    def orphans(self, workers: cabc.Collection[str]) -> list[Orphan]:
         with self._lock:
-            oldest = self._clock() - lease
-            alive = {worker for worker, beat in self._beats.items() if beat >= oldest}
+            alive = self._beats.keys() - set(workers)
             return [
                 FoundOrphan(
                     record.row.key,
@@ -563,6 +568,7 @@ class MemoryStore:
                     turn.state == "running",
                     turn.cursor,
                     turn.ending,
+                    turn.worker,
                     record.generation if turn.state == "running" else None,
                 )
                 for record in self._records.values()

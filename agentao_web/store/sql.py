@@ -15,6 +15,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
+from agentao_web.core import clean
 from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import Quota
@@ -46,13 +47,13 @@ from agentao_web.store import Signal
 from agentao_web.store import Spoken
 from agentao_web.store import TurnRow
 from agentao_web.store import steps
+from agentao_web.store import tables
 from agentao_web.store.database import Database
 from agentao_web.store.memory import KEY_SECONDS
 from agentao_web.store.memory import PRUNED
 from agentao_web.store.memory import TURN_ENDED
 from agentao_web.store.memory import FoundOrphan
 from agentao_web.store.memory import KnownKey
-from agentao_web.store.memory import added
 from agentao_web.store.memory import check_use
 from agentao_web.store.memory import first_day
 from agentao_web.store.memory import fitting
@@ -71,6 +72,9 @@ from agentao_web.store.tables import signals
 from agentao_web.store.tables import transcript
 from agentao_web.store.tables import turns
 from agentao_web.store.tables import workers
+
+#: What a beat's number grows by at least.
+_NEXT_BEAT: t.Final = 0.001
 
 _Result = t.TypeVar("_Result")
 _Row = steps.Row
@@ -256,7 +260,7 @@ class SqlStore:
             if values["log_bytes"] > self._log_bytes:
                 values |= steps.prune(db, session, values["log_bytes"], self._log_bytes)
             values |= steps.converse(db, session, finish)
-            values |= {"usage": added(session.usage, finish.outcome.usage)}
+            values |= {"usage": clean.usage(session.usage, finish.outcome.usage)}
             values |= {"updated": finish.now, "version": claim.generation}
             steps.change(db, session, {**values, "generation": None, "turn_id": None})
             _end(db, session, claim.turn_id, finish.events[-1])
@@ -435,7 +439,9 @@ class SqlStore:
             session = steps.locked(db, key)
             if session is None:
                 return False
-            steps.change(db, session, {"deleting": True})
+            # When it was deleted: nobody asks any more when it was last used.
+            since = session.updated if session.deleting else self._clock()
+            steps.change(db, session, {"deleting": True, "updated": since})
             left = sa.and_(turns.c.state == "queued", turns.c.final.is_not(None))
             db.execute(sa.delete(turns).where(turns.c.session == session.id, left))
             return True
@@ -473,7 +479,7 @@ class SqlStore:
             found = sa.select(sessions).where(sessions.c.id.in_(ids), idle)
             rows = db.execute(found.order_by(sessions.c.updated)).all()
             gone = sessions.c.id.in_([row.id for row in rows])
-            db.execute(sa.update(sessions).where(gone).values(deleting=True))
+            db.execute(sa.update(sessions).where(gone).values(deleting=True, updated=self._clock()))
         return [steps.key_of(row) for row in rows]
 
     # -- tokens --------------------------------------------------------------------------------
@@ -501,15 +507,24 @@ class SqlStore:
     # -- workers -------------------------------------------------------------------------------
 
     def beat(self, worker: str) -> None:
+        # Never the same twice, whatever the clock does. It is near the clock because workers of
+        # the first version compare the two.
+        now, following = self._now(), workers.c.beat + _NEXT_BEAT
+        number = sa.case((following < now, now), else_=following)
+
         def attempt(db: sa.Connection) -> None:
-            again = sa.update(workers).where(workers.c.id == worker).values(beat=self._now())
+            again = sa.update(workers).where(workers.c.id == worker).values(beat=number)
             if db.execute(again).rowcount == 0:
                 db.execute(sa.insert(workers).values(id=worker, beat=self._now()))
 
         self._retried(attempt)
 
+    def beats(self) -> dict[str, float]:
+        with self._db.read() as db:
+            return {row.id: row.beat for row in db.execute(sa.select(workers))}
+
     def clock(self) -> float:
-        """The time leases are measured by: the database's, or ours for SQLite."""
+        """The database's time, or ours for SQLite."""
         with self._db.read() as db:
             return float(db.execute(sa.select(self._now())).scalar_one())
 
@@ -540,21 +555,22 @@ class SqlStore:
             db.execute(sa.delete(signals).where(signals.c.id.in_([row.id for row in rows])))
         return [Signal(steps.key_of(row), row.turn_id, row.reason) for row in rows]
 
-    def doomed(self) -> list[SessionKey]:
+    def doomed(self, before: float | None = None) -> list[SessionKey]:
+        found = sa.select(sessions).where(sessions.c.deleting, ~steps.BUSY)
+        if before is not None:
+            found = found.where(sessions.c.updated < before)
         with self._db.read() as db:
-            found = sa.select(sessions).where(sessions.c.deleting, ~steps.BUSY)
             return [steps.key_of(row) for row in db.execute(found)]
 
-    def orphans(self, lease: float) -> list[Orphan]:
-        alive = sa.exists().where(
-            workers.c.id == turns.c.worker, workers.c.beat >= self._now() - lease
-        )
+    def orphans(self, workers: cabc.Collection[str]) -> list[Orphan]:
+        known = sa.exists().where(tables.workers.c.id == turns.c.worker)
+        lost = sa.or_(turns.c.worker.in_(list(workers)), ~known)
         # ``head`` and ``id`` are the session's, the turn's come under names of their own.
-        own = (turns.c.id.label("turn"), turns.c.state, turns.c.cursor, turns.c.final)
+        own = (turns.c.worker, turns.c.state, turns.c.cursor, turns.c.final)
         found = (
-            sa.select(sessions, *own)
+            sa.select(sessions, turns.c.id.label("turn"), *own)
             .join_from(turns, sessions)
-            .where(turns.c.position.is_not(None), sa.or_(~alive, turns.c.final.is_not(None)))
+            .where(turns.c.position.is_not(None), sa.or_(lost, turns.c.final.is_not(None)))
             .order_by(sessions.c.id, turns.c.state.desc(), turns.c.position)
         )
         with self._db.read() as db:
@@ -671,7 +687,7 @@ def _budget(db: sa.Connection, tenant: str, day: str) -> int | None:
 
 
 def _pay(db: sa.Connection, tenant: str, day: str, spent: int | None, tokens: int) -> None:
-    total = max(0, (spent or 0) + tokens)
+    total = min(max(0, (spent or 0) + tokens), clean.MAX_TOKENS)
     if spent is None:
         # The first of its day: whoever else inserts it now makes one of us try again.
         db.execute(sa.insert(budgets).values(tenant=tenant, day=day, spent=total))
@@ -722,5 +738,6 @@ def _orphan(row: _Row) -> Orphan:
         running,
         row.cursor if running else row.head,
         steps.ending_of(row.final),
+        row.worker,
         row.generation if running else None,
     )

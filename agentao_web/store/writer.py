@@ -35,19 +35,22 @@ class Source(t.Protocol):
     def written(self, through: int) -> None:
         """Everything up to *through* is in the store."""
 
-    def lost(self) -> None:
-        """The claim was taken over; nothing more may be written under it."""
+    def lost(self, claim: Claim) -> None:
+        """*claim*, which need not be the present one, was taken over: it is good for nothing."""
 
 
 class _Job:
-    __slots__ = ("source", "finish", "done", "error", "others")
+    __slots__ = ("source", "claim", "finish", "done", "error", "others", "withdrawn")
 
-    def __init__(self, source: Source, finish: Finish) -> None:
+    def __init__(self, source: Source, claim: Claim, finish: Finish) -> None:
         self.source = source
+        self.claim = claim
         self.finish = finish
         self.done = threading.Event()
         self.error: Exception | None = None
         self.others = False
+        self.withdrawn = False
+        """Nobody waits for it any more."""
 
 
 class Writer:
@@ -74,6 +77,8 @@ class Writer:
         self._jobs: collections.deque[_Job] = collections.deque()
         self._urgent = False
         self._closed = False
+        self.closing = threading.Event()
+        """Whoever waits to try something again need not wait any more."""
         self._thread: threading.Thread | None = None
 
     def note(self, source: Source, *, urgent: bool = False) -> None:
@@ -92,13 +97,13 @@ class Writer:
         if wake:
             self._wake.set()
 
-    def finish(self, source: Source, finish: Finish, *, timeout: float) -> bool:
-        """Commit the end of *source*'s turn with all it has not written; as the store does it.
+    def finish(self, source: Source, claim: Claim, finish: Finish, *, timeout: float) -> bool:
+        """Commit the end of the turn of *claim* with all it has not written; as the store does it.
 
-        After *timeout* seconds without an answer it is StoreUnavailable: whether the commit went
-        through is then for the next one to claim the session to find out.
+        ClaimLost also if *source* has another claim by now. After *timeout* seconds without an
+        answer it is StoreUnavailable, and perhaps the commit went through all the same.
         """
-        job = _Job(source, finish)
+        job = _Job(source, claim, finish)
         with self._lock:
             if self._closed:
                 raise StoreUnavailable("the store is closed")
@@ -108,6 +113,7 @@ class Writer:
             self._started()
         self._wake.set()
         if not job.done.wait(timeout):
+            job.withdrawn = True
             raise StoreUnavailable("the store did not answer in time")
         if job.error is not None:
             raise job.error
@@ -124,6 +130,7 @@ class Writer:
         with self._lock:
             self._closed = True
             thread = self._thread
+        self.closing.set()
         self._wake.set()
         if thread is not None:
             thread.join(timeout)
@@ -178,13 +185,16 @@ class Writer:
         try:
             lost = self._store.append([(claim, events) for _, claim, events in batches])
         except Exception as exc:
+            if len(batches) > 1 and not isinstance(exc, StoreUnavailable):
+                # Something in one of them: the others are not to wait for it.
+                return all([self._flush([source]) for source, _, _ in batches])
             # Kept in the sources' logs: the next batch, or the terminal transaction, has them.
             self._log.warning("events not stored yet: %s", type(exc).__name__)
             return False
         gone = {claim.generation for claim in lost}
         for source, claim, events in batches:
             if claim.generation in gone:
-                source.lost()
+                source.lost(claim)
                 continue
             last = events[-1].seq
             assert last is not None
@@ -194,9 +204,11 @@ class Writer:
 
     def _commit(self, job: _Job) -> bool:
         """Commit the end of a turn; who waits for it is told, so that is not done again."""
+        if job.withdrawn:
+            return True
         try:
             claim, events = job.source.unwritten()
-            if claim is None:
+            if claim is None or claim.generation != job.claim.generation:
                 raise ClaimLost
             finish = dataclasses.replace(job.finish, events=[*events, *job.finish.events])
             job.others = self._store.finish(claim, finish)

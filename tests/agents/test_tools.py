@@ -569,7 +569,7 @@ class Plain:
         (b"bytes \xff", "bytes \ufffd"),
         (float("nan"), '"NaN"'),
         ([float("inf")], '["Infinity"]'),
-        ("lone \ud800", "lone ?"),
+        ("lone \ud800", "lone \ufffd"),
         ({1: 2, None: 3}, '{"1":2,"None":3}'),
         (10**500, "1" + "0" * 500),
     ],

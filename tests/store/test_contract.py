@@ -659,17 +659,17 @@ def test_who_left_the_queue_is_found_until_its_end_is_written(store: Store) -> N
     enqueue(store, "t2", worker="worker-2")
     for worker in ("worker-1", "worker-2"):
         store.beat(worker)
-    assert store.orphans(PATIENCE) == []
+    assert store.orphans(()) == []
     leave(store, "t2")
-    (orphan,) = store.orphans(PATIENCE)
+    (orphan,) = store.orphans(())
     assert (orphan.turn_id, orphan.running, orphan.ending) == ("t2", False, stop())
     assert store.take_over(orphan, "worker-1") is None
     store.finish(held, ending(held, 2))
-    assert [found.turn_id for found in store.orphans(PATIENCE)] == ["t2"]
+    assert [found.turn_id for found in store.orphans(())] == ["t2"]
     left = store.end_queued(KEY, "t2", Draft("error", {}), 9.0)
     assert left is not None and left.final is not None and not left.first
     assert left.final.data == stop().data, "what its own readers were told"
-    assert store.orphans(PATIENCE) == []
+    assert store.orphans(()) == []
 
 
 def test_of_many_who_end_a_queued_turn_one_writes(two: tuple[Store, Store]) -> None:
@@ -1191,7 +1191,7 @@ def test_the_end_of_a_turn_cancels_its_open_questions_only(store: Store) -> None
 def test_who_ends_a_lost_turn_cancels_its_questions(two: tuple[Store, Store]) -> None:
     stale = claim(two[0])
     two[0].ask(stale, question())
-    taken = two[1].take_over(two[1].orphans(PATIENCE)[0], "worker-2")
+    taken = two[1].take_over(two[1].orphans(())[0], "worker-2")
     assert taken is not None
     with pytest.raises(ClaimLost):
         two[0].ask(stale, question("q2"))
@@ -1222,8 +1222,8 @@ def test_questions_go_with_the_session(store: Store) -> None:
 # -- dead workers ------------------------------------------------------------------------------
 
 
-def lost(store: Store, lease: float = PATIENCE) -> list[str]:
-    return [orphan.turn_id for orphan in store.orphans(lease)]
+def lost(store: Store, *workers: str) -> list[str]:
+    return [orphan.turn_id for orphan in store.orphans(workers)]
 
 
 def test_turns_of_workers_without_a_sign_of_life_are_orphans(store: Store) -> None:
@@ -1238,23 +1238,60 @@ def test_turns_of_workers_without_a_sign_of_life_are_orphans(store: Store) -> No
     assert lost(store) == ["t1", "t3"]
 
 
-def test_a_sign_of_life_is_good_for_a_lease(store: Store) -> None:
-    held = claim(store, "t1")
-    store.beat("worker-1")
-    until = time.monotonic() + PATIENCE
-    while not lost(store, lease=0.05):
-        assert time.monotonic() < until
+def test_turns_of_a_worker_that_is_named_are_orphans(store: Store) -> None:
+    """Who names it has measured for how long it was silent: no clock of ours says that."""
+    crew(store)
+    for worker in ("worker-1", "worker-2"):
+        store.beat(worker)
     assert lost(store) == []
+    assert lost(store, "worker-2") == ["t2"]
+    assert lost(store, "worker-1", "worker-2", "worker-3") == ["t1", "t2", "t3"]
+    found = {orphan.turn_id: orphan.worker for orphan in store.orphans(["worker-1", "worker-2"])}
+    assert found == {"t1": "worker-1", "t2": "worker-2", "t3": "worker-1"}
+
+
+def test_every_beat_is_another_number(two: tuple[Store, Store]) -> None:
+    """Also of a worker in haste, and also if the clock of its machine steps back for an hour."""
+    assert two[0].beats() == {}
+    seen: list[float] = []
+    for n in range(20):
+        two[n % 2].beat("worker-1")
+        seen.append(two[1].beats()["worker-1"])
+    assert seen == sorted(set(seen))
+    two[0].beat("worker-2")
+    assert set(two[1].beats()) == {"worker-1", "worker-2"}
+    two[1].leave("worker-1")
+    assert set(two[0].beats()) == {"worker-2"}
+
+
+@pytest.mark.parametrize("step", [15.0, -3600.0, 10.0**9])
+def test_a_clock_that_steps_is_no_sign_of_life_and_stops_none(
+    open_store: Open, step: float
+) -> None:
+    at = [1_800_000_000.0]
+    store = open_store(clock=lambda: at[0])
+    claim(store, "t1")
     store.beat("worker-1")
-    store.finish(held, ending(held, 2))
-    assert lost(store, lease=-1) == []
+    before = store.beats()
+    at[0] += step
+    assert store.beats() == before and lost(store) == []
+    store.beat("worker-1")
+    assert store.beats()["worker-1"] > before["worker-1"]
+
+
+def test_what_was_deleted_long_ago_can_be_asked_for(store: Store) -> None:
+    run(store, "t1")
+    store.tombstone(KEY)
+    now = time.time()
+    assert store.doomed() == [KEY] == store.doomed(before=now + 60)
+    assert store.doomed(before=now - 60) == []
 
 
 def test_an_orphan_says_where_its_turn_begins(store: Store) -> None:
     before = run(store, "t0")
     held = claim(store, "t1")
     enqueue(store, "t2")
-    first, second = store.orphans(PATIENCE)
+    first, second = store.orphans(())
     assert (first.key, first.running, first.cursor) == (KEY, True, held.head)
     assert (second.key, second.running, second.cursor) == (KEY, False, held.opening.seq)
     assert held.head == first_seq(before.generation) + 2
@@ -1263,7 +1300,7 @@ def test_an_orphan_says_where_its_turn_begins(store: Store) -> None:
 def test_who_takes_over_may_write_and_nobody_else(two: tuple[Store, Store]) -> None:
     stale = claim(two[0], "t1")
     append(two[0], stale, [text(stale, 2, "a")])
-    (orphan,) = two[1].orphans(PATIENCE)
+    (orphan,) = two[1].orphans(())
     taken = two[1].take_over(orphan, "worker-2")
     assert taken is not None and taken.generation > stale.generation
     assert taken.head == first_seq(stale.generation) + 2
@@ -1283,7 +1320,7 @@ def test_who_takes_over_may_write_and_nobody_else(two: tuple[Store, Store]) -> N
 
 def test_an_orphan_is_taken_over_once(two: tuple[Store, Store]) -> None:
     claim(two[0], "t1")
-    found = [two[n].orphans(PATIENCE)[0] for n in range(2)]
+    found = [two[n].orphans(())[0] for n in range(2)]
     won: list[Claim] = []
 
     def rush(n: int) -> None:
@@ -1299,11 +1336,11 @@ def test_an_orphan_is_taken_over_once(two: tuple[Store, Store]) -> None:
 
 def test_who_took_over_may_die_too(store: Store) -> None:
     claim(store, "t1")
-    first = store.take_over(store.orphans(PATIENCE)[0], "janitor-1")
+    first = store.take_over(store.orphans(())[0], "janitor-1")
     store.beat("janitor-1")
     assert lost(store) == []
     store.leave("janitor-1")
-    second = store.take_over(store.orphans(PATIENCE)[0], "janitor-2")
+    second = store.take_over(store.orphans(())[0], "janitor-2")
     assert first is not None and second is not None
     with pytest.raises(ClaimLost):
         store.finish(first, ending(first, 2))
@@ -1316,11 +1353,11 @@ def test_a_queued_orphan_is_never_taken_over_and_never_begins(store: Store) -> N
     store.beat("worker-1")
     enqueue(store, "t2", worker="worker-2")
     store.signal(KEY, "cancelled_by_user", but="worker-1")
-    (orphan,) = store.orphans(PATIENCE)
+    (orphan,) = store.orphans(())
     assert store.take_over(orphan, "worker-1") is None
     assert [a.id for a in store.active(KEY)] == ["t1", "t2"]
     store.finish(held, ending(held, 2))
-    assert [found.turn_id for found in store.orphans(PATIENCE)] == ["t2"]
+    assert [found.turn_id for found in store.orphans(())] == ["t2"]
     assert store.take_over(orphan, "worker-1") is None
     assert leave(store, "t2", "worker_lost") is not None
     assert store.signals("worker-2") == []
@@ -1333,7 +1370,7 @@ def test_an_orphan_that_lives_again_is_left_alone(store: Store) -> None:
     """It was queued when it was found, and has begun or ended since."""
     held = claim(store, "t1")
     enqueue(store, "t2")
-    running, queued = store.orphans(PATIENCE)
+    running, queued = store.orphans(())
     store.finish(held, ending(held, 2))
     assert store.take_over(running, "janitor") is None
     held = claim(store, "t2")

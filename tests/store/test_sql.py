@@ -431,7 +431,7 @@ try:
 except StoreUnavailable:
     print("unavailable")
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-orphans = store.orphans(1)
+orphans = store.orphans(())
 for orphan in orphans:
     held = store.take_over(orphan, "w")
     store.finish(held, ending(held, 2, appended=[]))
@@ -465,7 +465,7 @@ def test_a_damaged_file_is_said_to_be_one(folder: Path, open_store: Open) -> Non
 _WRITES = """
 store = SqlStore(sys.argv[1], log_bytes=50_000)
 for n in range(int(sys.argv[2]), 10**6):
-    for orphan in store.orphans(1):
+    for orphan in store.orphans(()):
         held = store.take_over(orphan, "w")
         store.finish(held, ending(held, 2, transcript=[], appended=[]))
     held = claim(store, f"t{n}")

@@ -42,7 +42,7 @@ class Source:
         self.stored = through
         self.caught_up.set()
 
-    def lost(self) -> None:
+    def lost(self, claim: Claim) -> None:
         self.is_lost.set()
 
 
@@ -122,7 +122,7 @@ def test_the_terminal_transaction_takes_what_was_not_written(
 ) -> None:
     writer, source = make(3600.0), Source()
     source.say(2, 3)
-    writer.finish(source, end(4), timeout=PATIENCE)
+    writer.finish(source, CLAIM, end(4), timeout=PATIENCE)
     assert store.calls == [[2, 3, 4]]
 
 
@@ -156,7 +156,7 @@ def test_what_the_terminal_transaction_raises_comes_back(
 ) -> None:
     store.error = error
     with pytest.raises(type(error)):
-        make(0.01).finish(Source(), end(2), timeout=PATIENCE)
+        make(0.01).finish(Source(), CLAIM, end(2), timeout=PATIENCE)
 
 
 def test_a_store_that_does_not_answer_is_unavailable(
@@ -165,7 +165,7 @@ def test_a_store_that_does_not_answer_is_unavailable(
     gate = threading.Event()
     store.finish = lambda claim, finish: gate.wait(PATIENCE) and None  # type: ignore[method-assign]
     with pytest.raises(StoreUnavailable, match="in time"):
-        make(0.01).finish(Source(), end(2), timeout=0.05)
+        make(0.01).finish(Source(), CLAIM, end(2), timeout=0.05)
     gate.set()
 
 
@@ -185,7 +185,7 @@ def test_close_with_a_job_in_the_same_moment_ends(
     def work(n: int) -> None:
         # One that comes after the close is refused, and that is fine too.
         with contextlib.suppress(StoreUnavailable):
-            writer.finish(source, end(n), timeout=PATIENCE)
+            writer.finish(source, CLAIM, end(n), timeout=PATIENCE)
 
     jobs = [threading.Thread(target=work, args=(n,)) for n in (2, 3)]
     for job in jobs:
@@ -224,4 +224,4 @@ def test_close_writes_what_is_left_and_then_refuses(
     writer.close(timeout=PATIENCE)
     assert store.calls == [[2]]
     with pytest.raises(StoreUnavailable):
-        writer.finish(source, end(3), timeout=1)
+        writer.finish(source, CLAIM, end(3), timeout=1)
