@@ -928,7 +928,8 @@ def test_a_flood_is_stopped_before_it_fills_the_memory(
     web: Make, model: ModelServer, reply: Reply
 ) -> None:
     """With the bound as it is unless set. Without one each of these takes all there is."""
-    w = web(turn_timeout=300)
+    # With less the log would forget the turn's end, which has the whole reply.
+    w = web(turn_timeout=300, log_bytes=2**24)
     assert w.ask("say first")["reply"] == "first"
     model.script(reply)
     before = _resident()
