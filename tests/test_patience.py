@@ -9,11 +9,15 @@ import dataclasses
 import email.utils
 import itertools
 import json
+import logging
+import os
 import time
 import typing as t
 from pathlib import Path
 
 import pytest
+from agentao import Agentao
+from agentao.mcp.registry import InMemoryMCPRegistry
 
 from agentao_web import shutdown
 from tests.model_server import Line
@@ -52,8 +56,8 @@ def web(tmp_path: Path, model: ModelServer, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("OPENAI_MODEL", "scripted")
     made: list[Web] = []
 
-    def make(**config: t.Any) -> Web:
-        made.append(Web(tmp_path, model, **config))
+    def make(*, agents: t.Any = None, **config: t.Any) -> Web:
+        made.append(Web(tmp_path, model, agents=agents, **config))
         return made[-1]
 
     yield make
@@ -140,6 +144,12 @@ def _hang(line: Line) -> None:
 
 
 def _reset(line: Line) -> None:
+    line.reset()
+
+
+def _reset_later(line: Line) -> None:
+    """When what was sent before has been read: it would be lost with the connection."""
+    line.pause(0.5)
     line.reset()
 
 
@@ -259,6 +269,7 @@ CASES = [
     Case("reset in a tool call", (_half_a_call(_reset),), FAILED, config=ONCE),
     Case("closed in a tool call", (_half_a_call(_hang_up),), FAILED, config=ONCE),
     Case("an end in a tool call", (_half_a_call(_end),), FAILED, config=ONCE),
+    Case("reset in the middle", (_after_words(_reset_later),), CUT, "some words"),
     Case("words, and an end in a tool call", (_half_a_call(_end, words=True),), CUT, "some words"),
     Case("words, and closed in a tool call", (_half_a_call(_hang_up, words=True),), CUT,
          "some words"),
@@ -893,6 +904,52 @@ def test_the_bound_is_for_the_turn_and_not_for_a_call(web: Make, model: ModelSer
     assert w.ask("say " + "z" * 1500)["status"] == "completed", "each turn has its own"
 
 
+def _resident() -> int:
+    """Bytes of memory this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _one_huge_event(line: Line) -> None:
+    line.chunk(b'data: {"choices":[{"index":0,"delta":{"content":"')
+    while True:
+        line.chunk(b"x" * 2**16)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        tokens(10**9, text="x" * 4096),
+        _headers_first(_one_huge_event),
+        _half_a_call(_endless_arguments),
+    ],
+    ids=["text", "event", "arguments"],
+)
+def test_a_flood_is_stopped_before_it_fills_the_memory(
+    web: Make, model: ModelServer, reply: Reply
+) -> None:
+    """With the bound as it is unless set. Without one each of these takes all there is."""
+    # With less the log would forget the turn's end, which has the whole reply.
+    w = web(turn_timeout=300, log_bytes=2**24)
+    assert w.ask("say first")["reply"] == "first"
+    model.script(reply)
+    before = _resident()
+
+    w.post("go")
+    while not (page := _page(w))["messages"][-1].get("turn_status") == "incomplete":
+        time.sleep(0.05)
+
+    assert _resident() - before < 150 * 2**20
+    assert ended(w)[-1] == TOO_MUCH
+    assert sum(len(entry.get("content", "")) for entry in page["messages"]) < 2**22 + 1000
+    model.wait_closed(model.requests[1])
+    assert w.ask("say fine")["reply"] == "fine"
+
+
+def _page(web: Web) -> dict[str, t.Any]:
+    found = web.client.get("/session/s/messages", headers=web.headers()).json
+    return t.cast(dict[str, t.Any], found)
+
+
 def test_a_page_of_messages_is_never_larger_than_it_should_be(
     web: Make, model: ModelServer
 ) -> None:
@@ -922,3 +979,149 @@ def test_a_page_of_messages_is_never_larger_than_it_should_be(
         forward += ids
     assert forward == seen
     assert page(limit=1)[0] == [8]
+
+
+# -- other wires, and agents of the host's own ---------------------------------------------------
+
+
+def _event(line: Line, kind: str, **data: t.Any) -> None:
+    line.chunk(f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode())
+
+
+def _anthropic(then: cabc.Callable[[Line], None]) -> Reply:
+    """Words, and the beginning of a tool call."""
+
+    def answer(line: Line) -> None:
+        usage = {"input_tokens": 1, "output_tokens": 1}
+        message = {"id": "m", "role": "assistant", "model": "scripted", "usage": usage}
+        message |= {"type": "message", "content": [], "stop_reason": None}
+        _event(line, "message_start", message=message)
+        _event(line, "ping")
+        block: dict[str, t.Any] = {"type": "text", "text": ""}
+        _event(line, "content_block_start", index=0, content_block=block)
+        delta = {"type": "text_delta", "text": "some words"}
+        _event(line, "content_block_delta", index=0, delta=delta)
+        _event(line, "content_block_stop", index=0)
+        block = {"type": "tool_use", "id": "c1", "name": "write_file", "input": {}}
+        _event(line, "content_block_start", index=1, content_block=block)
+        then(line)
+
+    return _headers_first(answer)
+
+
+def _anthropic_arguments(line: Line) -> None:
+    while True:
+        delta = {"type": "input_json_delta", "partial_json": '{"file_path": "a", ' + "x" * 500}
+        _event(line, "content_block_delta", index=1, delta=delta)
+
+
+def _responses(then: cabc.Callable[[Line], None]) -> Reply:
+    def answer(line: Line) -> None:
+        at = {"output_index": 0, "content_index": 0, "item_id": "i0", "sequence_number": 1}
+        _event(line, "response.output_text.delta", delta="some words", logprobs=[], **at)
+        item = {"type": "function_call", "id": "i1", "call_id": "c1", "name": "write_file"}
+        item |= {"arguments": "", "status": "in_progress"}
+        _event(line, "response.output_item.added", output_index=1, item=item, sequence_number=2)
+        then(line)
+
+    return _headers_first(answer)
+
+
+def _responses_arguments(line: Line) -> None:
+    at = {"output_index": 1, "item_id": "i1", "sequence_number": 3}
+    while True:
+        _event(line, "response.function_call_arguments.delta", delta="x" * 500, **at)
+
+
+@pytest.mark.parametrize(
+    ("wire", "reply", "end"),
+    [
+        ("anthropic-messages", _anthropic(_hang_up), CUT),
+        ("anthropic-messages", _anthropic(_reset_later), CUT),
+        ("anthropic-messages", _anthropic(_end), CUT),
+        ("anthropic-messages", _anthropic(_hang), CUT),
+        ("anthropic-messages", _anthropic(_anthropic_arguments), TOO_MUCH),
+        ("openai-responses", _responses(_hang_up), CUT),
+        ("openai-responses", _responses(_reset_later), CUT),
+        ("openai-responses", _responses(_end), CUT),
+        ("openai-responses", _responses(_hang), CUT),
+        ("openai-responses", _responses(_responses_arguments), TOO_MUCH),
+    ],
+)
+def test_the_other_wires_end_in_the_same_way(
+    web: Make,
+    model: ModelServer,
+    monkeypatch: pytest.MonkeyPatch,
+    wire: str,
+    reply: Reply,
+    end: tuple[str, str],
+) -> None:
+    pytest.importorskip("anthropic" if wire == "anthropic-messages" else "openai")
+    monkeypatch.setenv("OPENAI_API_FORMAT", wire)
+    w = web(policy="trusted", **IMPATIENT, **SHORT)
+    model.script(reply)
+
+    body = w.ask("go")
+
+    assert (body["status"], body["reason"]) == end
+    assert body["reply"] == "some words"
+    assert not any(event["type"] == "tool_start" for event in events(w)), "nothing half runs"
+    model.script(reply)
+    assert (w.ask("again")["reason"], len(model.requests)) == (end[1], 2)
+    assert "some words" in json.dumps(model.requests[-1].body)
+
+
+def _their_own(model: ModelServer) -> t.Any:
+    def build(principal: t.Any, session: t.Any, transport: t.Any) -> t.Any:
+        agent = Agentao(
+            api_key="sk-test",
+            base_url=model.base_url,
+            model="scripted",
+            working_directory=session.workspace,
+            transport=transport,
+            mcp_registry=InMemoryMCPRegistry(),
+            logger=logging.Logger("quiet", logging.CRITICAL + 1),
+            enabled_tools={"list_directory"},
+        )
+        agent.messages[:] = session.history
+        return agent
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("answer", "end", "reply"),
+    [
+        (lambda body: _after_words(_hang_up), CUT, "some words"),
+        (lambda body: tokens(10**9), TOO_MUCH, "tok " * 5000),
+        (
+            lambda body: REFUSALS["openai"][0](9999, 8192) if body.get("stream") else say("sum"),
+            ("incomplete", "context_too_long"),
+            "",
+        ),
+    ],
+    ids=["cut", "flood", "too long"],
+)
+def test_agents_of_the_hosts_own_end_in_the_same_way(
+    web: Make,
+    model: ModelServer,
+    answer: cabc.Callable[[dict[str, t.Any]], Reply],
+    end: tuple[str, str],
+    reply: str,
+) -> None:
+    """Their clients are not ours, so it is their events that say so."""
+    w = web(agents=_their_own(model), **SHORT)
+    _talk(w, 5)
+    history = _conversation(model.requests[-1].body, 9)
+    model.reply = answer
+
+    body = w.ask("the odd one")
+
+    assert (body["status"], body["reason"]) == end
+    assert body["reply"] == reply
+    model.reply = obey
+    assert w.ask("say fine")["reply"] == "fine"
+    after = model.requests[-1].body
+    assert _conversation(after, 9) == history
+    assert said(after)[-2:] == ["the odd one", "say fine"]
+    assert ("some words" in json.dumps(after)) is (end == CUT)

@@ -39,7 +39,9 @@ PROVIDER_KEY = "sk-provider-key-fragment-1234"
 
 
 class Web:
-    def __init__(self, tmp_path: Path, model: ModelServer, **config: t.Any) -> None:
+    def __init__(
+        self, tmp_path: Path, model: ModelServer, *, agents: t.Any = None, **config: t.Any
+    ) -> None:
         self.model = model
         self.app = Flask("real")
         self.app.config.update(
@@ -47,7 +49,7 @@ class Web:
             AGENTAO_SECRET_KEYS=KEY,
             **{f"AGENTAO_{k.upper()}": v for k, v in config.items()},
         )
-        AgentaoWeb().init_app(self.app)
+        AgentaoWeb(agents=agents).init_app(self.app)
         self.client = self.app.test_client()
 
     def headers(self, user: str = "ann") -> dict[str, str]:

@@ -33,6 +33,9 @@ class TurnFailed(ClientError):
         self.message = str(error.get("message", "The turn failed."))
         details = error.get("details")
         self.details = dict(details) if isinstance(details, dict) else {}
+        wait = self.details.get("retry_after")
+        self.retry_after = wait if isinstance(wait, int) else None
+        """Seconds after which the model's provider wants to be asked again, if it said so."""
         super().__init__(f"{self.message} ({self.code})")
 
 

@@ -273,7 +273,9 @@ export class Turn {
   }
 
   on_error({ reason, ...data }, { error }) {
-    this.#ended("failed", error?.message ?? null, data);
+    const wait = error?.details?.retry_after;
+    const later = Number.isInteger(wait) && wait > 0 ? ` Its provider asks you to wait ${duration(wait * 1000)}.` : "";
+    this.#ended("failed", error?.message ? error.message + later : null, data);
   }
 
   #say(chunk, whole) {

@@ -193,6 +193,16 @@ def test_an_end_that_was_never_stored_is_an_end() -> None:
     assert caught.value.code == "store_unavailable" and caught.value.reply.cursor == 11
 
 
+def test_a_turn_that_failed_says_when_to_come_back() -> None:
+    error = {"code": "llm_unavailable", "message": "busy", "details": {"retry_after": 90}}
+    last = Event(12, "t", "error", {"status": "failed"}, 1.0, {"error": error})
+    body = native.frames([*a_turn(["x"])[:2], last])
+    client = client_of(lambda request: httpx.Response(200, headers=SSE, content=body))
+    with pytest.raises(api.TurnFailed, match="busy") as caught:
+        client.ask("s", "m")
+    assert caught.value.retry_after == 90
+
+
 def test_a_gap_moves_the_cursor_also_back() -> None:
     """A database restored from a backup: the log ends before what the client has seen."""
     gap = Event(5, None, "gap", {"from": 10, "to": 5, "reason": "restored"}, 0.0)
