@@ -32,8 +32,9 @@ from agentao_web.agents.model.sse import EventTooLong
 
 #: White space that servers send to keep a connection open, and the mark some files begin with.
 _BLANK: t.Final = b" \t\r\n\xef\xbb\xbf"
-_SAFE: t.Final = re.compile(r"[\w.+/-]{1,80}", re.ASCII)
-_REFUSALS: t.Final = frozenset({400, 422})
+#: What may go into a log of what a provider says: a content type, the name or number of an error.
+_CONTENT_TYPE: t.Final = re.compile(r"[\w.+-]{1,40}/[\w.+-]{1,40}", re.ASCII)
+_ERROR_NAME: t.Final = re.compile(r"[A-Za-z][a-z_]{1,47}|\d{1,5}")
 
 
 class NotAnAnswer(openai.APIError):
@@ -48,12 +49,12 @@ def in_words(exc: BaseException) -> str:
     """What went wrong with a call, for a log: no text of the provider's."""
     name = type(exc).__name__
     if isinstance(exc, NotAnAnswer):
-        return f"{name}, the server sent {exc.kind}"
+        return f"{name}, {exc}; is the base URL right (did you forget /v1?)"
     if isinstance(exc, Garbled | EventTooLong):
         return f"{name}, {exc}"
     error = exc.error if isinstance(exc, Refused) else vars(exc)
     words = [str(error.get(field) or "") for field in ("code", "type")]
-    return ", ".join([name, *(word for word in words if _SAFE.fullmatch(word))])
+    return ", ".join([name, *(word for word in words if _ERROR_NAME.fullmatch(word))])
 
 
 def address(base_url: str, api_key: str) -> dict[str, t.Any]:
@@ -81,7 +82,7 @@ class Plainly:
     def __init__(self, sdk: openai.OpenAI) -> None:
         self._sdk = sdk
         self.repairs: list[Repair] = []
-        """What its requests need, as it has taken them only so."""
+        """What its requests need: it refused one without, and took it with."""
 
     def __getattr__(self, name: str) -> t.Any:
         return getattr(self._sdk, name)
@@ -109,35 +110,13 @@ class Completions:
         self._owner = owner
         self._call_timeout = call_timeout
         self._logger = logger
-        self._tried: list[Repair] = []
 
     def __getattr__(self, name: str) -> t.Any:
         return getattr(self._adapter, name)
 
     def build_request(self, messages: t.Any, *args: t.Any, **kwargs: t.Any) -> dict[str, t.Any]:
-        self._tried = []
         request = self._adapter.build_request([*map(restored, messages)], *args, **kwargs)
         return t.cast(dict[str, t.Any], request)
-
-    def repair_request(self, refusal: str, request: dict[str, t.Any], *, stream: bool) -> bool:
-        """See agentao's adapters: True if *request*, changed here, is worth another try."""
-        if self._adapter.repair_request(refusal, request, stream=stream):
-            return True
-        refusal = refusal.lower()
-        if not any(f"error code: {status}" in refusal for status in _REFUSALS):
-            return False
-        body = self._repaired(request)
-        for repair in REPAIRS:
-            if repair not in self._tried and repair.cures(refusal, body):
-                self._tried.append(repair)
-                return True
-        return False
-
-    def _repaired(self, request: dict[str, t.Any]) -> dict[str, t.Any]:
-        known: list[Repair] = self._owner.client.repairs
-        for repair in (*known, *self._tried):
-            request = repair.cure(request)
-        return request
 
     def consume_stream(
         self,
@@ -168,10 +147,8 @@ class Completions:
         acc: t.Any,
         stopped: cabc.Callable[[], bool],
     ) -> t.Any:
-        body = dict(self._repaired(request))
-        body |= body.pop("extra_body", None) or {}
         try:
-            self._read(self._owner.client.ask(body, options), answer, acc, stopped)
+            self._read(self._open(request, options, stopped), answer, acc, stopped)
         except openai.BadRequestError as exc:
             if str(exc.code).lower() not in FILTERED:
                 raise
@@ -179,6 +156,35 @@ class Completions:
         finally:
             acc.usage_data = answer.usage.shape()
         return answer.response()
+
+    def _open(
+        self,
+        request: dict[str, t.Any],
+        options: dict[str, t.Any],
+        stopped: cabc.Callable[[], bool],
+    ) -> httpx2.Response:
+        """The response to *request*, or to what its provider takes of it."""
+        client: Plainly = self._owner.client
+        body = request | (request.get("extra_body") or {})
+        body.pop("extra_body", None)
+        for repair in client.repairs:
+            body = repair.cure(body)
+        tried: list[Repair] = []
+        while True:
+            try:
+                response = client.ask(body, options)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as exc:
+                refusal = exc.response.text.lower()
+                known = [one for one in REPAIRS if one not in tried and one.cures(refusal, body)]
+                if not known:
+                    raise
+                tried.append(known[0])
+                body = known[0].cure(body)
+            else:
+                if not stopped():
+                    # It was taken like this, so it has to be like this.
+                    client.repairs.extend(tried)
+                return response
 
     def _read(
         self,
@@ -203,9 +209,6 @@ class Completions:
         else:
             if not stopped():
                 _check(response, answer)
-                # It has taken the request with these, so it needs them.
-                self._owner.client.repairs.extend(self._tried)
-                self._tried = []
         finally:
             response.close()
 
@@ -263,7 +266,7 @@ def _read_json(packets: cabc.Iterable[bytes], response: httpx2.Response, answer:
 def _check(response: httpx2.Response, answer: Answer) -> None:
     """Raise if the stream ended before there was an answer."""
     if not answer.heard:
-        raise NotAnAnswer(_kind(response, "nothing of a chat completion"), response.request)
+        raise NotAnAnswer(_kind(response, "something that is no chat completion"), response.request)
     if answer.empty and not answer.complete and (answer.finish or not answer.done):
         raise openai.APIConnectionError(
             message="the stream ended before the answer began", request=response.request
@@ -272,7 +275,7 @@ def _check(response: httpx2.Response, answer: Answer) -> None:
 
 def _kind(response: httpx2.Response, what: str) -> str:
     kind = response.headers.get("content-type", "").partition(";")[0].strip()
-    return f"{what} ({kind if _SAFE.fullmatch(kind) else 'no content type'})"
+    return f"{what} ({kind if _CONTENT_TYPE.fullmatch(kind) else 'no content type'})"
 
 
 #: What can end an answer in the middle.

@@ -35,6 +35,11 @@ _SILENCE = logging.Logger("agentao_web.silence", logging.CRITICAL + 1)
 
 _PRIVATE = (
     ("agentao.llm.client:LLMClient", ("_make_adapter", "_log_request", "_log_response")),
+    ("agentao.llm._stream_response:_StreamAccumulator", ("add_reasoning",)),
+    (
+        "agentao.llm._openai_completions:OpenAICompletionsAdapter",
+        ("build_request", "consume_stream"),
+    ),
     *(
         (adapter, ("create_client", "classify_retry", "log_view", "send"))
         for adapter in (
