@@ -227,6 +227,21 @@ def test_two_refusals_one_after_the_other(pool: ModelPool, server: ModelServer) 
     assert server.requests[-1].body["tools"] == TOOLS
 
 
+def test_gemini_gets_back_what_it_signed(pool: ModelPool, server: ModelServer) -> None:
+    """Agentao does not stream its answers."""
+    signed = HISTORY[1]["tool_calls"][0]
+    message = {"role": "assistant", "content": None, "tool_calls": [signed]}
+    answer = {"choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}]}
+    server.script(raw(json.dumps(answer).encode(), content_type="application/json"))
+
+    response = client(pool, server.base_url, model="gemini-3").chat_stream(
+        [{"role": "user", "content": "go"}]
+    )
+
+    (call,) = response.choices[0].message.tool_calls
+    assert call.model_dump() == signed
+
+
 def test_a_filtered_message_is_no_failure(pool: ModelPool, server: ModelServer) -> None:
     """Azure refuses it with a status of 400."""
     server.script(fail(400, '{"error":{"code":"content_filter","message":"filtered"}}'))

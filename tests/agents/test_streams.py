@@ -604,7 +604,7 @@ CASES: dict[str, Case] = {
     "aborted before the first word": Case(
         "vllm-project/vllm#57082",
         sse(end("abort")),
-        error="APIConnectionError",
+        error="BrokenOff",
         ending=FAILED,
     ),
     "no resources left": Case(
@@ -617,7 +617,7 @@ CASES: dict[str, Case] = {
     "a malformed call": Case(
         "googleapis/python-genai#1836",
         sse(end("function_call_filter: MALFORMED_FUNCTION_CALL")),
-        error="APIConnectionError",
+        error="BrokenOff",
         ending=FAILED,
     ),
     "the end in the middle of a word": Case(
@@ -840,11 +840,11 @@ CASES: dict[str, Case] = {
         ending=FAILED,
         content_type="text/plain; charset=utf-8",
     ),
-    "nothing": Case("can1357/oh-my-pi#9433", b"", error="APIConnectionError", ending=FAILED),
+    "nothing": Case("can1357/oh-my-pi#9433", b"", error="BrokenOff", ending=FAILED),
     "nothing but a role": Case(
         "can1357/oh-my-pi#9433",
         sse(of({"role": "assistant", "content": ""}), end=b""),
-        error="APIConnectionError",
+        error="BrokenOff",
         ending=FAILED,
     ),
     "nothing but [DONE]": Case(
@@ -1044,6 +1044,7 @@ def test_how_the_turn_ends(web: Web, server: ModelServer, name: str) -> None:
             None,
             "overloaded_error",
         ),
+        (b"", None, "BrokenOff, the answer is empty"),
         (sse(*HI, '{"choices":[{"delta":{"content":"secret'), None, "a chunk is not valid JSON"),
     ],
 )

@@ -45,12 +45,19 @@ class NotAnAnswer(openai.APIError):
         self.kind = kind
 
 
+class BrokenOff(openai.APIConnectionError):
+    """The answer ended before there was anything of it to keep; it may be asked for again."""
+
+    def __init__(self, why: str, request: httpx2.Request) -> None:
+        super().__init__(message=why, request=request)
+
+
 def in_words(exc: BaseException) -> str:
     """What went wrong with a call, for a log: no text of the provider's."""
     name = type(exc).__name__
     if isinstance(exc, NotAnAnswer):
         return f"{name}, {exc}; is the base URL right (did you forget /v1?)"
-    if isinstance(exc, Garbled | EventTooLong):
+    if isinstance(exc, BrokenOff | Garbled | EventTooLong):
         return f"{name}, {exc}"
     error = exc.error if isinstance(exc, Refused) else vars(exc)
     words = [str(error.get(field) or "") for field in ("code", "type")]
@@ -128,7 +135,7 @@ class Completions:
         def stopped() -> bool:
             return cancellation_token is not None and cancellation_token.is_cancelled
 
-        return self._call(request, {}, Answer(acc, on_text_chunk), acc, stopped)
+        return self._call(request, {}, acc, on_text_chunk, stopped)
 
     def send(self, request: dict[str, t.Any], acc: t.Any) -> t.Any:
         """The same for an answer in one piece."""
@@ -137,18 +144,19 @@ class Completions:
             turn = current_turn()
             return turn is not None and turn[1].is_cancelled
 
-        return self._call(request, {"timeout": self._call_timeout}, Answer(acc, None), acc, stopped)
+        return self._call(request, {"timeout": self._call_timeout}, acc, None, stopped)
 
     def _call(
         self,
         request: dict[str, t.Any],
         options: dict[str, t.Any],
-        answer: Answer,
         acc: t.Any,
+        on_text: cabc.Callable[[str], None] | None,
         stopped: cabc.Callable[[], bool],
     ) -> t.Any:
+        answer = Answer(acc, on_text)
         try:
-            self._read(self._open(request, options, stopped), answer, acc, stopped)
+            self._read(self._open(request, options, stopped), answer, stopped)
         except openai.BadRequestError as exc:
             if str(exc.code).lower() not in FILTERED:
                 raise
@@ -187,11 +195,7 @@ class Completions:
                 return response
 
     def _read(
-        self,
-        response: httpx2.Response,
-        answer: Answer,
-        acc: t.Any,
-        stopped: cabc.Callable[[], bool],
+        self, response: httpx2.Response, answer: Answer, stopped: cabc.Callable[[], bool]
     ) -> None:
         try:
             _read_all(response, answer, stopped)
@@ -202,7 +206,7 @@ class Completions:
             if isinstance(exc, Refused) and str(exc.error.get("code")).lower() in FILTERED:
                 answer.finish = CONTENT_FILTER
                 return
-            if not acc.progress_made:
+            if not answer.shown:
                 raise _as_the_sdk_does(exc, response.request) from exc
             # Somebody has read a part of it, so it cannot be asked for again.
             self._logger.warning("a model's answer was cut off: %s", in_words(exc))
@@ -219,6 +223,8 @@ def _read_all(response: httpx2.Response, answer: Answer, stopped: cabc.Callable[
     head = b""
     for packet in packets:
         head += packet
+        if len(head) > MAX_EVENT:
+            raise EventTooLong(f"more than {MAX_EVENT} bytes of white space")
         if begins := head.lstrip(_BLANK)[:1]:
             break
     else:
@@ -268,9 +274,7 @@ def _check(response: httpx2.Response, answer: Answer) -> None:
     if not answer.heard:
         raise NotAnAnswer(_kind(response, "something that is no chat completion"), response.request)
     if answer.empty and not answer.complete and (answer.finish or not answer.done):
-        raise openai.APIConnectionError(
-            message="the stream ended before the answer began", request=response.request
-        )
+        raise BrokenOff("the stream ended before the answer began", response.request)
 
 
 def _kind(response: httpx2.Response, what: str) -> str:
@@ -290,5 +294,6 @@ def _as_the_sdk_does(exc: Exception, request: httpx2.Request) -> Exception:
         return openai.APIError(str(exc), request, body=exc.error)
     if isinstance(exc, EventTooLong):
         return NotAnAnswer(str(exc), request)
-    message = str(exc) if isinstance(exc, Garbled) else "Connection error."
-    return openai.APIConnectionError(message=message, request=request)
+    if isinstance(exc, Garbled):
+        return BrokenOff(str(exc), request)
+    return openai.APIConnectionError(request=request)
