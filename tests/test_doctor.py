@@ -41,6 +41,7 @@ from agentao_web.testing import scripted
 from tests.live.harness import model_env
 from tests.model_server import ModelServer
 from tests.model_server import Reply
+from tests.model_server import raw
 
 KEYS = {"AGENTAO_SECRET_KEYS": "the-doctors-own-test-key"}
 
@@ -218,6 +219,19 @@ def test_a_model_that_refuses(tmp_path: Path, model: ModelServer, status: int, w
     answer = asked(case(tmp_path, environ=model_env(model), AGENTAO_DEMO=False, **KEYS))
     assert answer.level == "wrong" and str(status) in answer.message and words in answer.message
     assert "secret" not in answer.message
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/json"])
+def test_a_base_url_where_something_else_answers(
+    tmp_path: Path, model: ModelServer, kind: str
+) -> None:
+    """Often a page that says welcome, with status 200."""
+    page = b"<html>sk-test-key</html>" if kind == "text/html" else b'{"version": "sk-test-key"}'
+    model.script(raw(page, content_type=kind))
+    answer = asked(case(tmp_path, environ=model_env(model), AGENTAO_DEMO=False, **KEYS))
+    assert answer.level == "wrong" and kind in answer.message
+    assert "did you forget /v1?" in answer.message
+    assert "sk-test" not in answer.message
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ routes, for the ending of its turn.
 from __future__ import annotations
 
 import collections.abc as cabc
+import contextlib
 import dataclasses
 import json
 import logging
@@ -603,7 +604,7 @@ CASES: dict[str, Case] = {
     "aborted before the first word": Case(
         "vllm-project/vllm#57082",
         sse(end("abort")),
-        error="APIConnectionError",
+        error="BrokenOff",
         ending=FAILED,
     ),
     "no resources left": Case(
@@ -616,7 +617,7 @@ CASES: dict[str, Case] = {
     "a malformed call": Case(
         "googleapis/python-genai#1836",
         sse(end("function_call_filter: MALFORMED_FUNCTION_CALL")),
-        error="APIConnectionError",
+        error="BrokenOff",
         ending=FAILED,
     ),
     "the end in the middle of a word": Case(
@@ -839,11 +840,11 @@ CASES: dict[str, Case] = {
         ending=FAILED,
         content_type="text/plain; charset=utf-8",
     ),
-    "nothing": Case("can1357/oh-my-pi#9433", b"", error="APIConnectionError", ending=FAILED),
+    "nothing": Case("can1357/oh-my-pi#9433", b"", error="BrokenOff", ending=FAILED),
     "nothing but a role": Case(
         "can1357/oh-my-pi#9433",
         sse(of({"role": "assistant", "content": ""}), end=b""),
-        error="APIConnectionError",
+        error="BrokenOff",
         ending=FAILED,
     ),
     "nothing but [DONE]": Case(
@@ -1017,6 +1018,52 @@ def test_how_the_turn_ends(web: Web, server: ModelServer, name: str) -> None:
     else:
         assert len(asked) == 1, "an answer is not asked for twice"
         assert (answer.get("reply") or "") == case.text
+
+
+# -------------------------------------------------------------------------------------- the log
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "line"),
+    [
+        (
+            b"<html>secret",
+            "text/html",
+            "NotAnAnswer, the model's server sent a page of HTML (text/html)",
+        ),
+        (b'{"ok":"secret"}', "application/json", "no chat completion (application/json)"),
+        (b"secret", "secret; secret", "no chat completion (no content type)"),
+        (sse({"error": {"code": "server_error", "message": "secret"}}), None, "server_error"),
+        (
+            sse({"error": {"code": 502, "type": "sk-s3cret", "message": "secret"}}),
+            None,
+            "APIError, 502, ",
+        ),
+        (
+            sse(*HI, {"error": {"type": "overloaded_error", "message": "secret"}}),
+            None,
+            "overloaded_error",
+        ),
+        (b"", None, "BrokenOff, the answer is empty"),
+        (sse(*HI, '{"choices":[{"delta":{"content":"secret'), None, "a chunk is not valid JSON"),
+    ],
+)
+def test_the_log_names_what_came_and_never_its_text(
+    pool: ModelPool,
+    server: ModelServer,
+    caplog: pytest.LogCaptureFixture,
+    body: bytes,
+    kind: str | None,
+    line: str,
+) -> None:
+    server.script(raw(body, content_type=kind or "text/event-stream"))
+
+    with contextlib.suppress(Exception):
+        Heard(client(pool, server))
+
+    (record,) = (record for record in caplog.records if record.name == LOGGER.name)
+    assert record.levelname == "WARNING" and line in record.getMessage()
+    assert "secret" not in caplog.text and "s3cret" not in caplog.text
 
 
 def test_the_catalogue_names_its_sources() -> None:

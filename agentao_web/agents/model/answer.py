@@ -105,6 +105,11 @@ class Answer:
         """The provider said how it ended: what follows cannot take anything back."""
         return self.finish not in (None, CUT_OFF)
 
+    @property
+    def shown(self) -> bool:
+        """Somebody has heard a part of the text."""
+        return bool(self._acc.progress_made)
+
     # -- what comes ----------------------------------------------------------------------------
 
     def take_event(self, kind: str, data: str) -> bool:

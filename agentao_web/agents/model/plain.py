@@ -32,8 +32,9 @@ from agentao_web.agents.model.sse import EventTooLong
 
 #: White space that servers send to keep a connection open, and the mark some files begin with.
 _BLANK: t.Final = b" \t\r\n\xef\xbb\xbf"
-_SAFE: t.Final = re.compile(r"[\w.+/-]{1,80}", re.ASCII)
-_REFUSALS: t.Final = frozenset({400, 422})
+#: What may go into a log of what a provider says: a content type, the name or number of an error.
+_CONTENT_TYPE: t.Final = re.compile(r"[\w.+-]{1,40}/[\w.+-]{1,40}", re.ASCII)
+_ERROR_NAME: t.Final = re.compile(r"[A-Za-z][a-z_]{1,47}|\d{1,5}")
 
 
 class NotAnAnswer(openai.APIError):
@@ -44,16 +45,23 @@ class NotAnAnswer(openai.APIError):
         self.kind = kind
 
 
+class BrokenOff(openai.APIConnectionError):
+    """The answer ended before there was anything of it to keep; it may be asked for again."""
+
+    def __init__(self, why: str, request: httpx2.Request) -> None:
+        super().__init__(message=why, request=request)
+
+
 def in_words(exc: BaseException) -> str:
     """What went wrong with a call, for a log: no text of the provider's."""
     name = type(exc).__name__
     if isinstance(exc, NotAnAnswer):
-        return f"{name}, the server sent {exc.kind}"
-    if isinstance(exc, Garbled | EventTooLong):
+        return f"{name}, {exc}; is the base URL right (did you forget /v1?)"
+    if isinstance(exc, BrokenOff | Garbled | EventTooLong):
         return f"{name}, {exc}"
     error = exc.error if isinstance(exc, Refused) else vars(exc)
     words = [str(error.get(field) or "") for field in ("code", "type")]
-    return ", ".join([name, *(word for word in words if _SAFE.fullmatch(word))])
+    return ", ".join([name, *(word for word in words if _ERROR_NAME.fullmatch(word))])
 
 
 def address(base_url: str, api_key: str) -> dict[str, t.Any]:
@@ -81,7 +89,7 @@ class Plainly:
     def __init__(self, sdk: openai.OpenAI) -> None:
         self._sdk = sdk
         self.repairs: list[Repair] = []
-        """What its requests need, as it has taken them only so."""
+        """What its requests need: it refused one without, and took it with."""
 
     def __getattr__(self, name: str) -> t.Any:
         return getattr(self._sdk, name)
@@ -109,35 +117,13 @@ class Completions:
         self._owner = owner
         self._call_timeout = call_timeout
         self._logger = logger
-        self._tried: list[Repair] = []
 
     def __getattr__(self, name: str) -> t.Any:
         return getattr(self._adapter, name)
 
     def build_request(self, messages: t.Any, *args: t.Any, **kwargs: t.Any) -> dict[str, t.Any]:
-        self._tried = []
         request = self._adapter.build_request([*map(restored, messages)], *args, **kwargs)
         return t.cast(dict[str, t.Any], request)
-
-    def repair_request(self, refusal: str, request: dict[str, t.Any], *, stream: bool) -> bool:
-        """See agentao's adapters: True if *request*, changed here, is worth another try."""
-        if self._adapter.repair_request(refusal, request, stream=stream):
-            return True
-        refusal = refusal.lower()
-        if not any(f"error code: {status}" in refusal for status in _REFUSALS):
-            return False
-        body = self._repaired(request)
-        for repair in REPAIRS:
-            if repair not in self._tried and repair.cures(refusal, body):
-                self._tried.append(repair)
-                return True
-        return False
-
-    def _repaired(self, request: dict[str, t.Any]) -> dict[str, t.Any]:
-        known: list[Repair] = self._owner.client.repairs
-        for repair in (*known, *self._tried):
-            request = repair.cure(request)
-        return request
 
     def consume_stream(
         self,
@@ -149,7 +135,7 @@ class Completions:
         def stopped() -> bool:
             return cancellation_token is not None and cancellation_token.is_cancelled
 
-        return self._call(request, {}, Answer(acc, on_text_chunk), acc, stopped)
+        return self._call(request, {}, acc, on_text_chunk, stopped)
 
     def send(self, request: dict[str, t.Any], acc: t.Any) -> t.Any:
         """The same for an answer in one piece."""
@@ -158,20 +144,19 @@ class Completions:
             turn = current_turn()
             return turn is not None and turn[1].is_cancelled
 
-        return self._call(request, {"timeout": self._call_timeout}, Answer(acc, None), acc, stopped)
+        return self._call(request, {"timeout": self._call_timeout}, acc, None, stopped)
 
     def _call(
         self,
         request: dict[str, t.Any],
         options: dict[str, t.Any],
-        answer: Answer,
         acc: t.Any,
+        on_text: cabc.Callable[[str], None] | None,
         stopped: cabc.Callable[[], bool],
     ) -> t.Any:
-        body = dict(self._repaired(request))
-        body |= body.pop("extra_body", None) or {}
+        answer = Answer(acc, on_text)
         try:
-            self._read(self._owner.client.ask(body, options), answer, acc, stopped)
+            self._read(self._open(request, options, stopped), answer, stopped)
         except openai.BadRequestError as exc:
             if str(exc.code).lower() not in FILTERED:
                 raise
@@ -180,12 +165,37 @@ class Completions:
             acc.usage_data = answer.usage.shape()
         return answer.response()
 
-    def _read(
+    def _open(
         self,
-        response: httpx2.Response,
-        answer: Answer,
-        acc: t.Any,
+        request: dict[str, t.Any],
+        options: dict[str, t.Any],
         stopped: cabc.Callable[[], bool],
+    ) -> httpx2.Response:
+        """The response to *request*, or to what its provider takes of it."""
+        client: Plainly = self._owner.client
+        body = request | (request.get("extra_body") or {})
+        body.pop("extra_body", None)
+        for repair in client.repairs:
+            body = repair.cure(body)
+        tried: list[Repair] = []
+        while True:
+            try:
+                response = client.ask(body, options)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as exc:
+                refusal = exc.response.text.lower()
+                known = [one for one in REPAIRS if one not in tried and one.cures(refusal, body)]
+                if not known:
+                    raise
+                tried.append(known[0])
+                body = known[0].cure(body)
+            else:
+                if not stopped():
+                    # It was taken like this, so it has to be like this.
+                    client.repairs.extend(tried)
+                return response
+
+    def _read(
+        self, response: httpx2.Response, answer: Answer, stopped: cabc.Callable[[], bool]
     ) -> None:
         try:
             _read_all(response, answer, stopped)
@@ -196,16 +206,13 @@ class Completions:
             if isinstance(exc, Refused) and str(exc.error.get("code")).lower() in FILTERED:
                 answer.finish = CONTENT_FILTER
                 return
-            if not acc.progress_made:
+            if not answer.shown:
                 raise _as_the_sdk_does(exc, response.request) from exc
             # Somebody has read a part of it, so it cannot be asked for again.
             self._logger.warning("a model's answer was cut off: %s", in_words(exc))
         else:
             if not stopped():
                 _check(response, answer)
-                # It has taken the request with these, so it needs them.
-                self._owner.client.repairs.extend(self._tried)
-                self._tried = []
         finally:
             response.close()
 
@@ -216,6 +223,8 @@ def _read_all(response: httpx2.Response, answer: Answer, stopped: cabc.Callable[
     head = b""
     for packet in packets:
         head += packet
+        if len(head) > MAX_EVENT:
+            raise EventTooLong(f"more than {MAX_EVENT} bytes of white space")
         if begins := head.lstrip(_BLANK)[:1]:
             break
     else:
@@ -263,16 +272,14 @@ def _read_json(packets: cabc.Iterable[bytes], response: httpx2.Response, answer:
 def _check(response: httpx2.Response, answer: Answer) -> None:
     """Raise if the stream ended before there was an answer."""
     if not answer.heard:
-        raise NotAnAnswer(_kind(response, "nothing of a chat completion"), response.request)
+        raise NotAnAnswer(_kind(response, "something that is no chat completion"), response.request)
     if answer.empty and not answer.complete and (answer.finish or not answer.done):
-        raise openai.APIConnectionError(
-            message="the stream ended before the answer began", request=response.request
-        )
+        raise BrokenOff("the stream ended before the answer began", response.request)
 
 
 def _kind(response: httpx2.Response, what: str) -> str:
     kind = response.headers.get("content-type", "").partition(";")[0].strip()
-    return f"{what} ({kind if _SAFE.fullmatch(kind) else 'no content type'})"
+    return f"{what} ({kind if _CONTENT_TYPE.fullmatch(kind) else 'no content type'})"
 
 
 #: What can end an answer in the middle.
@@ -287,5 +294,6 @@ def _as_the_sdk_does(exc: Exception, request: httpx2.Request) -> Exception:
         return openai.APIError(str(exc), request, body=exc.error)
     if isinstance(exc, EventTooLong):
         return NotAnAnswer(str(exc), request)
-    message = str(exc) if isinstance(exc, Garbled) else "Connection error."
-    return openai.APIConnectionError(message=message, request=request)
+    if isinstance(exc, Garbled):
+        return BrokenOff(str(exc), request)
+    return openai.APIConnectionError(request=request)

@@ -57,6 +57,11 @@ _ADAPTER = (
 )
 _PRIVATE = (
     ("agentao.llm.client:LLMClient", ("_make_adapter", "_log_request", "_log_response")),
+    ("agentao.llm._stream_response:_StreamAccumulator", ("add_reasoning",)),
+    (
+        "agentao.llm._openai_completions:OpenAICompletionsAdapter",
+        ("build_request", "consume_stream"),
+    ),
     *(
         (adapter, _ADAPTER)
         for adapter in (
