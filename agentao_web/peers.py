@@ -166,11 +166,11 @@ class Peers:
 
     def _dead(self) -> set[str]:
         """The workers whose heart has not beaten for a lease, by no clock but our own."""
-        now, beats = self._clock(), self._store.beats()
-        since = {worker: self._beats.get(worker, (beat, now)) for worker, beat in beats.items()}
-        self._beats = {
-            w: last if last[0] == beats[w] else (beats[w], now) for w, last in since.items()
-        }
+        now, before = self._clock(), self._beats
+        self._beats = {}
+        for worker, beat in self._store.beats().items():
+            last = before.get(worker)
+            self._beats[worker] = last if last is not None and last[0] == beat else (beat, now)
         silent = {w: now - at for w, (_, at) in self._beats.items() if w != self._runner.worker}
         for worker in [w for w, seconds in silent.items() if seconds >= _FORGET * self._lease]:
             # Nothing of it is left but its name.
@@ -184,11 +184,12 @@ class Peers:
         busy for as long as we live.
         """
         now, ours = self._clock(), self._runner.worker
-        known = {turn.turn.id for turn, _ in self._books.running()} | {*self._endings.unclosed}
+        found = [orphan for orphan in found if orphan.turn_id not in self._endings.unclosed]
+        known = {turn.turn.id for turn, _ in self._books.running()}
         strays = [o.turn_id for o in found if o.worker == ours and o.turn_id not in known]
         self._strays = {turn_id: self._strays.get(turn_id, now) for turn_id in strays}
         lost = {turn_id for turn_id, at in self._strays.items() if now - at >= self._lease}
-        return [o for o in found if o.worker != ours or o.ending or o.turn_id in lost]
+        return [o for o in found if o.worker != ours or o.ending is not None or o.turn_id in lost]
 
     def overslept(self) -> bool:
         """Whether our last sign of life is so long ago that our claims are not ours any more."""

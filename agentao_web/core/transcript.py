@@ -53,7 +53,7 @@ class Transcript:
         if self._text is None:
             self._text = []
             self._open("assistant", event, content=self._text)
-        self._text.append(event.data["chunk"])
+        self._text.append(str(event.data["chunk"]))
 
     def _start_tool(self, event: Event) -> None:
         self._text = None

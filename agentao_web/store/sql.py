@@ -104,7 +104,7 @@ class SqlStore:
     """See the module. Nothing is opened before the first use, which must come after the fork.
 
     *url* may be the path of an SQLite file, with any character in it.
-    *clock* is SQLite's clock for heartbeats, and that of the idempotency keys on both.
+    *clock* says how old an idempotency key is, and since when a session is deleted.
     """
 
     def __init__(

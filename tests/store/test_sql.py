@@ -234,6 +234,25 @@ def test_an_older_schema_becomes_ours(url: str, open_store: Open) -> None:
     run(stores[0], "t2")
 
 
+def test_workers_of_the_first_version_and_ours_take_each_other_for_alive(
+    url: str, open_store: Open
+) -> None:
+    """Those compare a beat with the clock; ours look whether it changes."""
+    store = open_store(url)
+    for _ in range(3):
+        store.beat("ours")
+    assert abs(store.beats()["ours"] - store.clock()) < PATIENCE
+    insert = sa.text("INSERT INTO agentao_workers (id, beat) VALUES ('theirs', :now)")
+    again = sa.text("UPDATE agentao_workers SET beat = beat + 3 WHERE id = 'theirs'")
+    with raw(url) as connection:
+        connection.execute(insert, {"now": store.clock()})
+    before = store.beats()
+    with raw(url) as connection:
+        connection.execute(again)
+    after = store.beats()
+    assert after["theirs"] > before["theirs"] and after["ours"] == before["ours"]
+
+
 @pytest.mark.parametrize(
     "bad", ["sqlite://", "sqlite:///:memory:", "mysql://u:hunter2@h/db", "hunter2"]
 )
