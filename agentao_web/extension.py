@@ -310,7 +310,7 @@ def reserve_threads(threads: int) -> None:
 
 
 def load() -> None:
-    """Import what turns need. A master that forks workers can do it once for all of them."""
+    """Import what turns need, for a master that forks workers: it starts no thread."""
     from agentao_web.agents import factory
     from agentao_web.store import sql
 
