@@ -6,6 +6,7 @@ import collections.abc as cabc
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 import typing as t
@@ -352,6 +353,12 @@ def test_decisions_are_seen_although_nobody_has_set_up_logging(tmp_path: Path) -
     lines = audited(tmp_path)
     assert len(lines) == 2
     assert all("agentao_web.audit" in line and "'acme'" in line for line in lines)
+
+
+def test_the_logging_of_the_docs_shows_them(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "embed.md").read_text()
+    (block,) = re.findall(r"<!-- run: logging -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert len(audited(tmp_path, before=block)) == 2
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
