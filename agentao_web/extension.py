@@ -43,7 +43,7 @@ from agentao_web.store.allowance import Allowance
 from agentao_web.wire import Wire
 
 if t.TYPE_CHECKING:
-    from agentao_web.agents.factory import Factory
+    from agentao_web.agents.host import Factory
     from agentao_web.agents.tools import ToolsFor
 
 #: Opens a store with the application's settings.
