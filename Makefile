@@ -32,18 +32,25 @@ long: $(VENV)/.test debian node
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.run
 
+# Not --quiet: the first time takes minutes, and pip shows what it downloads.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --editable
+
 $(VENV)/.run: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
-	touch $@
+	@test -x $(BIN)/python || { echo "Making a virtual environment in $(VENV) ..."; \
+	  $(PYTHON) -m venv $(VENV); }
+	@echo "Installing agentao-web and about 50 packages it needs into $(VENV) ..."
+	@$(PIP) .
+	@touch $@
 
 $(VENV)/.example: $(VENV)/.run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[example]'
-	touch $@
+	@echo "Installing what the example needs ..."
+	@$(PIP) '.[example]'
+	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
-	touch $@
+	@echo "Installing what the tests need ..."
+	@$(PIP) '.[test]'
+	@touch $@
 
 # What the tests need of Debian: a PostgreSQL of their own, openssl for a certificate,
 # bubblewrap for the shell's sandbox, nginx, systemd to look at its unit, a browser, and what the
@@ -54,7 +61,7 @@ debian:
 	  command -v bwrap >/dev/null && { command -v nginx || test -x /usr/sbin/nginx; } >/dev/null && \
 	  command -v systemd-analyze >/dev/null && command -v chromium >/dev/null && \
 	  command -v curl >/dev/null && command -v jq >/dev/null || \
-	  { $(SUDO) apt-get update -qq && \
+	  { echo "Installing what the tests need of Debian ..."; $(SUDO) apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends \
 	      postgresql openssl bubblewrap nginx systemd chromium curl jq >/dev/null; }
 

@@ -6,9 +6,9 @@ import importlib
 import typing as t
 
 if t.TYPE_CHECKING:
-    from agentao_web.agents.factory import SessionInfo
     from agentao_web.agents.functions import ToolError
     from agentao_web.agents.functions import tool
+    from agentao_web.agents.host import SessionInfo
     from agentao_web.core.names import Principal
     from agentao_web.core.rules import Rules
     from agentao_web.extension import AgentaoWeb
@@ -32,7 +32,7 @@ _HOMES: t.Final = {
     "AgentaoWeb": "extension",
     "Principal": "core.names",
     "Rules": "core.rules",
-    "SessionInfo": "agents.factory",
+    "SessionInfo": "agents.host",
     "ToolError": "agents.functions",
     "create_app": "extension",
     "shutdown": "extension",

@@ -43,7 +43,7 @@ from agentao_web.store.allowance import Allowance
 from agentao_web.wire import Wire
 
 if t.TYPE_CHECKING:
-    from agentao_web.agents.factory import Factory
+    from agentao_web.agents.host import Factory
     from agentao_web.agents.tools import ToolsFor
 
 #: Opens a store with the application's settings.
@@ -310,7 +310,7 @@ def reserve_threads(threads: int) -> None:
 
 
 def load() -> None:
-    """Import what turns need. A master that forks workers can do it once for all of them."""
+    """Import what turns need, for a master that forks workers: it starts no thread."""
     from agentao_web.agents import factory
     from agentao_web.store import sql
 

@@ -58,10 +58,49 @@ class NoQueries(logging.Filter):
         return True
 
 
+#: The level of the audit while nobody has set up logging: none that a host would choose itself.
+_UNSET: t.Final = logging.INFO - 1
+
+
+class _LastResort(logging.StreamHandler[t.TextIO]):
+    """Shows the audit on standard error for as long as nobody has set up logging.
+
+    Python itself does so for warnings only, and a decision about a tool is no warning. As soon as
+    the host has handlers or levels of its own, they alone decide: this is a filter of the logger
+    as well, and asks before each line.
+    """
+
+    def __init__(self, audit: logging.Logger) -> None:
+        super().__init__()
+        self.setFormatter(TextLines())
+        self._audit = audit
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._is_alone():
+            super().emit(record)
+
+    def wanted(self, record: logging.LogRecord) -> bool:
+        """Whether the host's own levels let *record* through."""
+        above = self._audit.parent
+        if self._audit.level != _UNSET or above is None or self._is_alone():
+            return True
+        return above.isEnabledFor(record.levelno)
+
+    def _is_alone(self) -> bool:
+        above = self._audit.parent
+        return self._audit.handlers == [self] and not (above and above.hasHandlers())
+
+
 def mark() -> None:
-    """Have every line of ours carry its ids as attributes. Harmless twice."""
+    """Have every line of ours carry its ids as attributes, and the audit seen. Harmless twice."""
     for name in LOGGERS:
         logging.getLogger(name).addFilter(_IDS)
+    audit = logging.getLogger(f"{NAME}.audit")
+    if audit.level == logging.NOTSET and not audit.hasHandlers():
+        resort = _LastResort(audit)
+        audit.addHandler(resort)
+        audit.addFilter(resort.wanted)
+        audit.setLevel(_UNSET)
 
 
 def show(form: str) -> None:

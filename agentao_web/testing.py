@@ -11,7 +11,7 @@ import threading
 import typing as t
 from types import SimpleNamespace
 
-from agentao_web.agents.factory import SessionInfo
+from agentao_web.agents.host import SessionInfo
 from agentao_web.core.names import Principal
 
 __all__ = [

@@ -55,10 +55,13 @@ post_fork = addresses.post_fork
 
 
 def on_starting(server: t.Any) -> None:
-    """Claim the sockets; with ``--preload``, import here once what every worker needs."""
+    """Claim the sockets, and import what every worker needs.
+
+    Here and not in each worker: they start faster, share its memory, and all have the same
+    agentao-web, also one that takes the place of another while a new version is being installed.
+    """
     addresses.on_starting(server)
-    if server.cfg.preload_app:
-        extension.load()
+    extension.load()
 
 
 def told(environ: cabc.Mapping[str, str] = os.environ) -> dict[str, int]:

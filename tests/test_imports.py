@@ -63,7 +63,8 @@ def run(folder: Path, code: str, *args: str) -> tuple[set[str], str]:
     "code",
     [
         "import agentao_web",
-        "from agentao_web import AgentaoWeb, Principal, Rules, create_app, shutdown",
+        "from agentao_web import AgentaoWeb, Principal, Rules, SessionInfo, create_app, shutdown",
+        "from agentao_web.testing import ask, say, scripted",
         "import agentao_web; agentao_web.create_app()",
         "import sys; sys.path.insert(0, ''); import shop",
         # A worker that never served, on its way out.

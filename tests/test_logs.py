@@ -6,6 +6,7 @@ import collections.abc as cabc
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 import typing as t
@@ -307,3 +308,87 @@ def test_a_host_s_own_logging_is_left_alone(tmp_path: Path) -> None:
         assert (log.handlers, log.level) == before
     finally:
         log.removeHandler(handler)
+
+
+# -- the audit of a host that has not set up logging -------------------------------------------
+
+SHOP = """
+import logging, logging.config, sys
+from flask import Flask
+from agentao_web import AgentaoWeb, Principal, shutdown
+from agentao_web.testing import ask, say, scripted
+
+app = Flask("shop")
+app.config.update(AGENTAO_ROOT="root", AGENTAO_QUESTION_TIMEOUT=0.1)
+agents = scripted(ask("write_file"), say("done"))
+{before}
+AgentaoWeb(authenticate=lambda request: Principal("acme", "ann"), agents=agents).init_app(app)
+{after}
+HEADERS = {headers!r}
+for _ in range(2):
+    answer = app.test_client().post("/chat/s", json={{"message": "hi"}}, headers=HEADERS)
+    url = "/chat/s/events?wait=20"
+    cursor = answer.json["cursor"]
+    while True:
+        page = app.test_client().get(f"/chat/s/events?wait=20&after={{cursor}}").json
+        cursor = page["cursor"]
+        if any(event["type"] == "done" for event in page["events"]):
+            break
+shutdown(app)
+"""
+SHOWN = "'write_file' by"
+
+
+def audited(folder: Path, before: str = "", after: str = "") -> list[str]:
+    """What standard error has of two decisions."""
+    code = SHOP.format(before=before, after=after, headers={**HEADERS, "Prefer": "wait=0"})
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stderr.splitlines() if SHOWN in line]
+
+
+def test_decisions_are_seen_although_nobody_has_set_up_logging(tmp_path: Path) -> None:
+    lines = audited(tmp_path)
+    assert len(lines) == 2
+    assert all("agentao_web.audit" in line and "'acme'" in line for line in lines)
+
+
+def test_the_logging_of_the_docs_shows_them(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "embed.md").read_text()
+    (block,) = re.findall(r"<!-- run: logging -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert len(audited(tmp_path, before=block)) == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("setup", "count"),
+    [
+        ('logging.basicConfig(level="INFO")', 2),
+        ('logging.basicConfig(level="WARNING")', 0),
+        ("logging.getLogger().addHandler(logging.NullHandler())", 0),
+        ('logging.getLogger("agentao_web").addHandler(logging.NullHandler())', 0),
+        (
+            'logging.basicConfig(level="WARNING", format="%(name)s %(message)s")\n'
+            'logging.getLogger("agentao_web.audit").setLevel("INFO")',
+            2,
+        ),
+        (
+            'logging.getLogger("agentao_web.audit").addHandler(logging.StreamHandler())\n'
+            'logging.getLogger("agentao_web.audit").setLevel("INFO")',
+            2,
+        ),
+        (
+            'logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, '
+            '"handlers": {"h": {"class": "logging.StreamHandler"}}, '
+            '"root": {"level": "INFO", "handlers": ["h"]}})',
+            2,
+        ),
+    ],
+)
+def test_a_host_that_sets_up_logging_decides_itself(
+    tmp_path: Path, when: str, setup: str, count: int
+) -> None:
+    """Before us or after us: each decision is as many lines as the host asked for."""
+    assert len(audited(tmp_path, **{when: setup})) == count

@@ -22,8 +22,11 @@ from agentao_web import Principal
 from agentao_web import shutdown
 from agentao_web.auth import Tokens
 from agentao_web.cli import main
+from agentao_web.doctor.proxy import Site
+from agentao_web.doctor.proxy import examine
 from agentao_web.testing import say
 from agentao_web.testing import scripted
+from tests.test_csrf import served
 
 KEY = "the-key-of-the-tests-without-a-model"
 ASK = {"Accept": "application/json", "Prefer": "wait=50", "Sec-Fetch-Site": "same-origin"}
@@ -165,6 +168,13 @@ def test_the_doctor_says_it_in_one_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["doctor"], env=environ)
     (line,) = [line for line in done.output.splitlines() if "no model" in line]
     assert done.exit_code == 1 and "OPENAI_API_KEY" in line
+
+
+def test_the_doctor_of_another_machine_says_it_too(make: Make) -> None:
+    with served(make()) as url:
+        site = Site(f"{url}/agent", {}, max_body=2**20, patience=5)
+        found = next(one for one in examine(site) if one.level == "wrong")
+    assert "No model is set up" in found.message and "OPENAI_API_KEY" in found.cure
 
 
 def test_the_hosts_doctor_says_it_too(make: Make) -> None:

@@ -223,7 +223,7 @@ def test_the_units_command_starts_and_says_ready(tmp_path: Path) -> None:
 
 
 def test_the_environment_file_is_read_as_settings() -> None:
-    lines = (DEPLOY / "agentao-web.env").read_text().splitlines()
+    lines = (DEPLOY / "agentao-web.env.example").read_text().splitlines()
     pairs = [line.lstrip("#").partition("=") for line in lines if re.match(r"#?[A-Z_]+=", line)]
     told = {name: value for name, _, value in pairs}
     ours = {name for name in told if name.startswith("AGENTAO_")}
@@ -291,7 +291,7 @@ def test_compose_starts_what_the_dockerfile_makes() -> None:
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
     web = services["web"]
     assert (DEPLOY / web["build"]["context"] / web["build"]["dockerfile"]).is_file()
-    assert (DEPLOY / web["env_file"]).is_file()
+    assert (DEPLOY / f"{web['env_file']}.example").is_file()
     assert web["read_only"] and web["cap_drop"] == ["ALL"]
     assert int(web["stop_grace_period"].removesuffix("s")) > workers.graceful_timeout
     assert all(port.startswith("127.0.0.1:") for port in web["ports"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import contextlib
-import dataclasses
 import logging
 import os
 import threading
@@ -25,6 +24,11 @@ from agentao_web.agents.budget import Purse
 from agentao_web.agents.build import build_agent
 from agentao_web.agents.build import close_agent
 from agentao_web.agents.early import model
+<<<<<<< HEAD
+=======
+from agentao_web.agents.host import Factory
+from agentao_web.agents.host import SessionInfo
+>>>>>>> hosts
 from agentao_web.agents.mcp import Server
 from agentao_web.agents.mcp import read_servers
 from agentao_web.agents.memory import open_memory
@@ -56,20 +60,6 @@ if t.TYPE_CHECKING:
 _SERVERS_SECONDS: t.Final = 5.0
 
 
-@dataclasses.dataclass(frozen=True)
-class SessionInfo:
-    """What a host's own ``agents(principal, session, transport)`` is told of the session."""
-
-    id: str
-    workspace: Path
-    """A folder that exists."""
-    history: list[dict[str, t.Any]]
-    """What was said before; the agent's ``messages`` have to begin with these."""
-    tools: tuple[HostTool, ...] = ()
-    """What ``tools=`` gives this principal, for the ``extra_tools=`` of an Agentao."""
-
-
-Factory = cabc.Callable[[Principal, SessionInfo, t.Any], t.Any]
 _Thing = t.TypeVar("_Thing")
 
 

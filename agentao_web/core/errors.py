@@ -190,7 +190,7 @@ class WrongSchema(WebError, RuntimeError):
 
 
 class NoModel(WebError):
-    """No model is set up on this server, so no turn can start; its log says how to name one."""
+    """No model is set up on this server, so it cannot answer; its log says what is missing."""
 
     status = 503
     code = "no_model"

@@ -168,10 +168,28 @@ def _reach(visit: Visit) -> Findings:
             )
         )
     yield ok("url", f"{url} is there, over {response.http_version}")
-    if visit.get("/readyz").status_code != 200:
-        yield wrong("url", "it is not ready: it drains, or has lost half of its turns", "reload it")
+    ready = visit.get("/readyz")
+    if ready.status_code != 200:
+        yield _not_ready(ready)
     yield from _clock(response)
     yield from _protection(visit, response)
+
+
+#: Code of a server that takes no turns -> what to do.
+_NOT_READY: t.Final = {
+    "draining": "ask again when it has restarted; if it says so for long, reload it",
+    "no_model": "name a model for it: OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL",
+    "store_unavailable": "does its database run, is the disk full, may its user write there?",
+    "wrong_schema": "run the agentao-web there that wrote the database",
+}
+
+
+def _not_ready(response: httpx2.Response) -> Finding:
+    told = response.json() if _ours(response) else {}
+    code = told.get("code", "")
+    said = told.get("message") or f"/readyz answers {response.status_code}"
+    cure = _NOT_READY.get(code, "look into the server's log")
+    return wrong("url", f"it takes no turns: {said}", cure)
 
 
 def _unreachable(url: str, exc: httpx2.TransportError) -> Finding:
