@@ -127,6 +127,18 @@ class Settings:
     max_turns_per_user: int | None = _setting(
         None, "Turns of one user of a tenant at once per worker; unset means no limit.", least=1
     )
+    max_streams_per_tenant: int | None = _setting(
+        None,
+        "Streams and waiting requests of one tenant at once per worker; unset means three quarters "
+        "of the worker's places.",
+        least=1,
+    )
+    max_streams_per_user: int | None = _setting(
+        None,
+        "Streams and waiting requests of one user of a tenant at once per worker; unset means 32, "
+        "at most half of the worker's places.",
+        least=1,
+    )
     max_queue: int = _setting(4, "Turns waiting per session.", least=0)
     max_line: int = _setting(
         64,

@@ -44,6 +44,7 @@ from agentao_web.core.errors import NotAcceptable
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import PayloadTooLarge
 from agentao_web.core.errors import Quota
+from agentao_web.core.errors import TooManyStreams
 from agentao_web.core.errors import Unauthorized
 from agentao_web.core.errors import UnsupportedMediaType
 from agentao_web.core.errors import WebError
@@ -62,6 +63,8 @@ from agentao_web.readers import poll
 from agentao_web.readers import stream
 from agentao_web.sessions import SessionPool
 from agentao_web.sessions import Started
+from agentao_web.slots import NoPlace
+from agentao_web.slots import Share
 from agentao_web.slots import Slot
 from agentao_web.slots import StreamSlots
 from agentao_web.store import ActiveTurn
@@ -77,6 +80,11 @@ _DELETE_WAIT: t.Final = 5.0
 #: A long-poll's defaults and bounds: seconds, events, bytes.
 _WAIT, _LIMIT, _MAX_LIMIT, _MAX_BYTES = 25, 500, 1000, 2**20
 _PAGE, _MAX_PAGE = 50, 200
+#: Streams and waiting requests of one user, if no setting says how many, and at most this part of a
+#: worker's places; that part for a tenant. A person with a dozen tabs is far from it.
+_USER_STREAMS, _USER_PART, _TENANT_PART = 32, 1 / 2, 3 / 4
+#: Streams that one ticket opens at once: one, and what is left of those before a reconnect.
+TICKET_STREAMS: t.Final = 4
 
 _BY_STATUS: t.Final[dict[int, type[WebError]]] = {
     cls.status: cls
@@ -226,9 +234,14 @@ def start_turn(parts: Parts, key: SessionKey) -> Response:
     asked = dataclasses.replace(asked, request_id=request_id())
     wait = requests.preferred_wait(", ".join(request.headers.getlist("Prefer")))
     # Asked for before anything starts.
-    slot = _slot(parts, key) if streams else parts.slots.take() if wait else None
-    if wait and slot is None:
-        wait = None
+    slot = None
+    if streams:
+        slot = _slot(parts, key)
+    elif wait:
+        try:
+            slot = _slot(parts, key)
+        except (NoStreamSlot, TooManyStreams):
+            wait = None
     with _freed(slot, after=streams):
         started = parts.pool.start(key, asked)
         reader = _reader(parts, started.live, started.cursor, of=started)
@@ -276,7 +289,7 @@ def answer(parts: Parts, key: SessionKey) -> Response:
     "Read the session's log: long-poll, or SSE if text/event-stream is asked for",
     query=("after", "wait", "limit", "follow"),
     responses={200: "stream:EventPage", 204: ""},
-    errors=(400, 401, 404, 406, 503),
+    errors=(400, 401, 404, 406, 429, 503),
     headers=("Last-Event-ID",),
     ticket=True,
 )
@@ -513,10 +526,11 @@ def metrics(parts: Parts) -> Response:
 
 def _is_equal(given: str, wanted: str) -> bool:
     """Compares in the same time whatever was given, also if it is longer or no ASCII."""
-    one, other = (
-        hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, wanted)
-    )
-    return hmac.compare_digest(one, other)
+    return hmac.compare_digest(_digest(given), _digest(wanted))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
 def _body() -> bytes:
@@ -662,11 +676,34 @@ def _socket() -> socket.socket | None:
 
 
 def _slot(parts: Parts, key: SessionKey, after: int | None = None) -> Slot:
-    """A place to wait in; NoStreamSlot, with where to ask without waiting, if there is none."""
-    slot = parts.slots.take()
-    if slot is None:
-        raise NoStreamSlot(poll_url=url_for(".events", sid=key.id, after=after, wait=0))
-    return slot
+    """A place to wait in; NoStreamSlot or TooManyStreams, with where to ask without waiting."""
+    try:
+        return parts.slots.take(_shares(parts, key))
+    except NoPlace as exc:
+        share = exc.share
+    instead = url_for(".events", sid=key.id, after=after, wait=0)
+    if share is None:
+        raise NoStreamSlot(poll_url=instead)
+    raise TooManyStreams(quota=Quota(share.name, share.most), poll_url=instead)
+
+
+def _shares(parts: Parts, key: SessionKey) -> list[Share]:
+    """Of what a stream or waiting request of *key* takes a part."""
+    settings, slots = parts.settings, parts.slots
+    shares = []
+    of_tenant = settings.max_streams_per_tenant or slots.part(_TENANT_PART)
+    if of_tenant is not None:
+        shares.append(Share("tenant_streams", key.tenant, of_tenant))
+    of_user = settings.max_streams_per_user
+    if of_user is None and key.user:
+        # Tokens without a user may be those of many people, or of a service that asks for them.
+        of_user = min(_USER_STREAMS, slots.part(_USER_PART) or _USER_STREAMS)
+    if of_user is not None:
+        shares.append(Share("user_streams", (key.tenant, key.user), of_user))
+    if (shown := ticket(request)) is not None:
+        # Without its signature, which can be spelled in more than one way.
+        shares.append(Share("ticket_streams", shown.rpartition(".")[0], TICKET_STREAMS))
+    return shares
 
 
 @contextlib.contextmanager

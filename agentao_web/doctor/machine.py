@@ -144,6 +144,7 @@ def _odd(case: Case) -> Findings:
     for small, large in (
         ("max_turns_per_user", "max_turns_per_tenant"),
         ("max_turns_per_tenant", "max_turns"),
+        ("max_streams_per_user", "max_streams_per_tenant"),
     ):
         if (getattr(s, small) or 0) > (getattr(s, large) or getattr(s, small) or 0):
             names = [f"AGENTAO_{name.upper()}" for name in (small, large)]
@@ -326,7 +327,11 @@ def _agents(case: Case) -> Findings:
     settings = case.settings
     if "sandbox" in shells(settings):
         trial.sandbox(settings.root)
-        yield ok("shell", "the sandbox works")
+        if os.geteuid() == 0:
+            cure = "run it as a user of its own (deploy/agentao-web.service does)"
+            yield hint("shell", "the sandbox works, but the server is root", cure)
+        else:
+            yield ok("shell", "the sandbox works, and /proc is read-only inside it")
     if settings.skills is not None:
         yield ok("skills", f"{trial.skills(settings.skills)} can be read")
     if settings.mcp is not None:
