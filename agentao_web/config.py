@@ -146,7 +146,11 @@ class Settings:
         least=0,
     )
     max_message: int = _setting(131_072, "Bytes of a message, in UTF-8.", least=1)
-    max_body: int = _setting(20 * 2**20, "Bytes of a request body, images included.", least=1)
+    max_body: int = _setting(
+        20 * 2**20,
+        "Bytes of the body of a message, images included; other bodies have small limits.",
+        least=1,
+    )
     max_images: int = _setting(8, "Images in one message.", least=0)
     max_image: int = _setting(5 * 2**20, "Bytes of one image, decoded.", least=1)
     workspace_bytes: int = _setting(

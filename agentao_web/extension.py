@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 
 from flask import Flask
+from werkzeug.routing import PathConverter
 from werkzeug.routing import Rule
 
 from agentao_web import logs
@@ -48,6 +49,7 @@ OpenStore = cabc.Callable[[Settings], Store]
 RulesFor = cabc.Callable[[Principal, Rules], Rules]
 
 _KEY = "agentao_web"
+_ANY_PATH = "agentao_path"
 #: The applications of this process, for the one who ends it (agentao_web.workers).
 _apps: weakref.WeakSet[Flask] = weakref.WeakSet()
 
@@ -153,6 +155,12 @@ class AgentaoWeb:
         _apps.add(app)
 
 
+class _AnyPath(PathConverter):
+    """A path with line breaks too; Werkzeug's own ends at the first."""
+
+    regex = "[^/](?s:.*)"
+
+
 def _rules(
     app: Flask, settings: Settings, chosen: RulesFor | None
 ) -> cabc.Callable[[Principal], Rules]:
@@ -223,8 +231,10 @@ def _add_fallbacks(app: Flask, settings: Settings, prefix: str) -> None:
     """
     paths = {entry.path for entry in views.routes(settings)}
     rules = [(prefix + path, "other_methods", views.other_methods) for path in paths]
-    if prefix:
-        rules.append((f"{prefix}/<path:rest>", "no_such_path", views.no_such_path))
+    app.url_map.converters.setdefault(_ANY_PATH, _AnyPath)
+    nowhere = [path.replace("<path:", f"<{_ANY_PATH}:") for path in paths if "<path:" in path]
+    for path in [*nowhere, *([f"/<{_ANY_PATH}:rest>"] if prefix else [])]:
+        rules.append((prefix + path, "no_such_path", views.no_such_path))
     for path, name, view in rules:
         endpoint = f"{views.NAME}.{name}"
         app.url_map.add(Rule(path, endpoint=endpoint, methods=None))

@@ -13,6 +13,7 @@ import logging
 import re
 import secrets
 import socket
+import sys
 import time
 import typing as t
 
@@ -80,6 +81,8 @@ _DELETE_WAIT: t.Final = 5.0
 #: A long-poll's defaults and bounds: seconds, events, bytes.
 _WAIT, _LIMIT, _MAX_LIMIT, _MAX_BYTES = 25, 500, 1000, 2**20
 _PAGE, _MAX_PAGE = 50, 200
+#: Bytes of a request body, by what it is: more than the rest is for images, as a setting says.
+_BODIES: t.Final = {"TurnRequest": sys.maxsize, "Answer": requests.ANSWER_BODY}
 #: Streams and waiting requests of one user, if no setting says how many, and at most this part of a
 #: worker's places; that part for a tenant. A person with a dozen tabs is far from it.
 _USER_STREAMS, _USER_PART, _TENANT_PART = 32, 1 / 2, 3 / 4
@@ -167,7 +170,8 @@ def _guarded(entry: openapi.Route) -> View:
     @functools.wraps(entry.view)
     def view(**arguments: str) -> t.Any:
         parts: Parts = current_app.extensions["agentao_web"]
-        request.max_content_length = parts.settings.max_body
+        largest = _BODIES.get(entry.request or "", requests.ROOM)
+        request.max_content_length = min(largest, parts.settings.max_body)
         if (sock := _socket()) is not None:
             sock.settimeout(parts.settings.send_timeout)
         if entry.public or entry.scheme == "metrics":

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import secrets
 import typing as t
 
 from agentao_web.core.errors import InvalidRequest
@@ -31,6 +32,17 @@ _WAIT = re.compile(r'(?:^|[,;\s])wait\s*=\s*"?(\d{1,9})"?\s*(?:[,;]|$)')
 _INTEGER = re.compile(r"\d{1,16}")
 MAX_WAIT: t.Final = 60
 MAX_TITLE: t.Final = 200
+#: Bytes of a body besides what it is about, and of an answer: its longest, all escaped.
+ROOM: t.Final = 64 * 2**10
+ANSWER_BODY: t.Final = 12 * MAX_ANSWER + ROOM
+#: Values of a body: a dozen are meant, and a client of a richer protocol may send what we ignore.
+MAX_VALUES: t.Final = 10_000
+#: What stands before every value of a list or object but the first, or opens one.
+_BETWEEN: t.Final = (b",", b"[", b"{")
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)', re.DOTALL)
+#: Text that may be the data of an image: base64 of some length, perhaps with escapes.
+_LONG = re.compile(rb'"[A-Za-z0-9+/=\\]{2048,}+"')
+_BASE64: t.Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\\"
 _KEY = re.compile(r"[!-~]{1,255}")
 _MISSING: t.Final = object()
 
@@ -39,6 +51,7 @@ def json_object(body: bytes) -> dict[str, t.Any]:
     """*body* as a JSON object; InvalidRequest says what is wrong with it."""
     if not body.strip():
         raise InvalidRequest("the body is empty; send a JSON object", field="body")
+    _count_values(body)
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError:
@@ -51,6 +64,75 @@ def json_object(body: bytes) -> dict[str, t.Any]:
     if not isinstance(value, dict):
         raise InvalidRequest("the body must be a JSON object", field="body")
     return value
+
+
+def _count_values(body: bytes) -> None:
+    """InvalidRequest for more values than anybody means: each takes many times its text."""
+    if sum(map(body.count, _BETWEEN)) <= MAX_VALUES:
+        return
+    # Or they are commas of a text.
+    values, end = 0, 0
+    for number, found in enumerate(_STRING.finditer(body)):
+        values += sum(body.count(mark, end, found.start()) for mark in _BETWEEN)
+        end = found.end()
+        if values > MAX_VALUES or number > 2 * MAX_VALUES:
+            break
+    else:
+        values += sum(body.count(mark, end) for mark in _BETWEEN)
+        if values <= MAX_VALUES:
+            return
+    raise InvalidRequest(
+        f"the body has more than {MAX_VALUES:,} values; send only the fields of this route",
+        field="body",
+    )
+
+
+def _with_images(body: bytes, most: int) -> dict[str, t.Any]:
+    """The same, of a body of which *most* bytes may be anything but the data of images.
+
+    That data is taken out before the rest is parsed: text of a whole body would be up to four times
+    as large, for a single emoji in it.
+    """
+    if len(body) <= most:
+        return json_object(body)
+    # Everything that JSON is made of is left over here, so from now on nothing takes long.
+    if len(body.translate(None, _BASE64)) > most:
+        raise _too_much(most)
+    nonce, texts = secrets.token_hex(16).encode(), list[str]()
+
+    def take(found: re.Match[bytes]) -> bytes:
+        texts.append(json.loads(found[0]) if b"\\" in found[0] else found[0][1:-1].decode())
+        return b'"%b.%d"' % (nonce, len(texts) - 1)
+
+    try:
+        rest = _LONG.sub(take, body)
+    except ValueError:
+        raise InvalidRequest("the body is not valid JSON", field="body") from None
+    if len(rest) > most:
+        raise _too_much(most)
+    try:
+        return {k: _put_back(v, nonce.decode(), texts) for k, v in json_object(rest).items()}
+    except RecursionError:
+        raise InvalidRequest("the JSON is nested too deeply", field="body") from None
+
+
+def _put_back(value: t.Any, nonce: str, texts: list[str]) -> t.Any:
+    if isinstance(value, str) and value.startswith(nonce):
+        return texts[int(value.rpartition(".")[2])]
+    if isinstance(value, list):
+        return [_put_back(one, nonce, texts) for one in value]
+    if isinstance(value, dict):
+        return {k: _put_back(v, nonce, texts) for k, v in value.items()}
+    return value
+
+
+def _too_much(most: int) -> PayloadTooLarge:
+    return PayloadTooLarge(
+        "The body is too large even without the data of its images. Send a shorter message, and "
+        "only the fields of this route.",
+        field="body",
+        limit=most,
+    )
 
 
 class Limits(t.Protocol):
@@ -70,7 +152,8 @@ def turn_request(
     body: bytes, limits: Limits, *, streams: bool, key: str | None = None
 ) -> TurnRequest:
     """The body of ``POST /chat/<sid>``; fields nobody knows are ignored."""
-    fields = json_object(body)
+    # A character is six bytes at most where it is one in UTF-8, and there are other fields.
+    fields = _with_images(body, 6 * limits.max_message + 4 * ROOM)
     default = "cancel" if streams else "continue"
     return TurnRequest(
         message=_message(fields, limits.max_message),
