@@ -44,6 +44,7 @@ COSTLY = {
     "spaces": b'{"message":"x","z":' + b" " * (MOST - 100) + b"1}",
     "long texts": filled('"' + "A" * 3000 + '"'),
     "long texts with escapes": filled('"' + "A" * 3000 + '\\u0041"'),
+    "quotes, far apart": filled('"' + "A" * 2040 + '"', 900_000),
     "bad escapes": filled('"' + "A" * 3000 + '\\x"'),
     "a message": b'{"message":"' + b"a" * (MOST - 100) + b'"}',
     "an unknown text": b'{"message":"x","z":"' + b"a" * (MOST - 100) + b'"}',
@@ -109,7 +110,8 @@ def test_what_is_sent_is_what_is_read(form: str) -> None:
         "images": [image(MIB, f"{n}???>>>") for n in range(3)],
         "unknown": {"data": text, "more": [text, {"a": text}]},
     }
-    for message in (given["message"], text):
+    quoted = (f'x "{text}', f'{text}" x', f"{text}\\", f'\\"{text}\\"', f"{text}/", f'"{text}\\/')
+    for message in (given["message"], text, *quoted):
         body = FORMS[form]({**given, "message": message}).encode()
         asked = requests.turn_request(body, Settings(), streams=True)
         assert asked.message == message
