@@ -62,7 +62,9 @@ class Settings:
         "$RUNTIME_DIRECTORY, else agentao-sockets.",
     )
     secret_keys: tuple[str, ...] = _setting(
-        (), "Keys that sign bearer tokens, comma-separated, newest first; 16 characters or more."
+        (),
+        "Keys that sign bearer tokens, comma-separated, newest first; 16 characters or more.",
+        each=16,
     )
     turn_timeout: float = _setting(600.0, "Running time of a turn, in seconds.", above=0)
     max_waiting_time: float = _setting(
@@ -177,6 +179,10 @@ class Settings:
     page: bool = _setting(True, "Whether the chat page is served at `/`.")
     demo: bool = _setting(
         False, "Accept the token `dev` and answer through the offline demo model."
+    )
+    demo_hosts: tuple[str, ...] = _setting(
+        (),
+        "Names with a dot that the demo answers to, comma-separated, besides IP addresses.",
     )
 
     @classmethod
@@ -315,8 +321,8 @@ def _check(name: str, limits: cabc.Mapping[str, t.Any], value: t.Any) -> None:
         raise RuntimeError(f"{name} needs {limits['characters']} characters or more")
     if "above" in limits and not value > limits["above"]:
         raise RuntimeError(f"{name} must be more than {limits['above']}")
-    if isinstance(value, tuple) and any(len(key) < 16 for key in value):
-        raise RuntimeError(f"{name}: each key needs 16 characters or more")
+    if "each" in limits and any(len(key) < limits["each"] for key in value):
+        raise RuntimeError(f"{name}: each key needs {limits['each']} characters or more")
 
 
 def _number(value: t.Any) -> float:

@@ -29,6 +29,7 @@ from agentao_web.config import Settings
 from agentao_web.config import from_environment
 from agentao_web.config import rules_per_tenant
 from agentao_web.config import shells
+from agentao_web.core.folders import open_to_others
 from agentao_web.core.names import Principal
 from agentao_web.core.observer import Observer
 from agentao_web.core.observer import Observers
@@ -105,6 +106,8 @@ class AgentaoWeb:
             )
         settings = Settings.from_mapping(app.config)
         log = logging.getLogger("agentao_web")
+        if (wide := open_to_others(settings.root)) is not None:
+            log.warning("AGENTAO_ROOT: %s", wide)
         rules = _rules(app, settings, self._rules)
         logs.mark()
         metrics = _metrics(app, settings, log)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import re
@@ -99,6 +100,8 @@ _access = logging.getLogger("agentao_web.access")
 
 #: A request id that a client or proxy may give: printable ASCII.
 _REQUEST_ID: t.Final = re.compile(r"[!-~](?:[ -~]{0,126}[!-~])?")
+#: The end of a Host that names its port; an IPv6 address is in brackets then.
+_PORT: t.Final = re.compile(r":\d*$")
 _ID, _BEGAN = "agentao_web.request_id", "agentao_web.began"
 
 
@@ -409,9 +412,7 @@ def rename(parts: Parts, key: SessionKey) -> Response:
 def new_ticket(parts: Parts, key: SessionKey) -> Response:
     parts.pool.find(key)
     issued, expires_at = parts.tickets.issue(key, bearer(request))
-    response = jsonify(ticket=issued, expires_at=expires_at)
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    return jsonify(ticket=issued, expires_at=expires_at)
 
 
 @route(
@@ -570,11 +571,39 @@ def begin_request() -> None:
     request.environ[_BEGAN] = time.monotonic()
     trail.leave()
     trail.enter(request_id=request_id())
+    parts: Parts = current_app.extensions["agentao_web"]
+    if parts.settings.demo and not parts.own_login:
+        _refuse_other_names(parts.settings.demo_hosts)
+
+
+def _refuse_other_names(allowed: cabc.Sequence[str]) -> None:
+    """Forbidden for a name that may be another site's.
+
+    Everybody knows the demo's token. A page of another site could use it, once that site's name
+    stands for the address of this server (DNS rebinding). An address is no name, and one without a
+    dot (localhost, a container, a machine of this network) is nobody's on the internet.
+    """
+    host = request.host.rpartition(":")[0] if _PORT.search(request.host) else request.host
+    name = host.strip("[]").rstrip(".").lower()
+    # What is no host at all is empty here.
+    if (name and "." not in name) or name.endswith(".localhost") or name in map(str.lower, allowed):
+        return
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        raise Forbidden(
+            "The demo answers only to localhost, to IP addresses and to names without a dot. To "
+            "use it by another name, set AGENTAO_DEMO_HOSTS to that name and restart the server."
+        ) from None
 
 
 def name_request(response: Response) -> Response:
     """Every answer says which request it is to. Harmless twice."""
     response.headers["X-Request-Id"] = request_id()
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    if response.mimetype == "application/json":
+        # It is one person's, and of this moment.
+        response.headers["Cache-Control"] = "no-store"
     parts: Parts | None = current_app.extensions.get("agentao_web")
     began = request.environ.pop(_BEGAN, None)
     if parts is not None and parts.settings.log_requests and began is not None:
