@@ -4,6 +4,7 @@ from agentao_web.workers import bind
 from agentao_web.workers import control_socket_disable
 from agentao_web.workers import graceful_timeout
 from agentao_web.workers import keepalive
+from agentao_web.workers import limit_request_line
 from agentao_web.workers import nworkers_changed
 from agentao_web.workers import on_starting
 from agentao_web.workers import post_fork
@@ -22,6 +23,7 @@ __all__ = [
     "control_socket_disable",
     "graceful_timeout",
     "keepalive",
+    "limit_request_line",
     "nworkers_changed",
     "on_starting",
     "post_fork",

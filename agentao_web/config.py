@@ -62,7 +62,9 @@ class Settings:
         "$RUNTIME_DIRECTORY, else agentao-sockets.",
     )
     secret_keys: tuple[str, ...] = _setting(
-        (), "Keys that sign bearer tokens, comma-separated, newest first; 16 characters or more."
+        (),
+        "Keys that sign bearer tokens, comma-separated, newest first; 16 characters or more.",
+        each=16,
     )
     turn_timeout: float = _setting(600.0, "Running time of a turn, in seconds.", above=0)
     max_waiting_time: float = _setting(
@@ -142,6 +144,18 @@ class Settings:
     max_turns_per_user: int | None = _setting(
         None, "Turns of one user of a tenant at once per worker; unset means no limit.", least=1
     )
+    max_streams_per_tenant: int | None = _setting(
+        None,
+        "Streams and waiting requests of one tenant at once per worker; unset means three quarters "
+        "of the worker's places.",
+        least=1,
+    )
+    max_streams_per_user: int | None = _setting(
+        None,
+        "Streams and waiting requests of one user of a tenant at once per worker; unset means 32, "
+        "at most half of the worker's places.",
+        least=1,
+    )
     max_queue: int = _setting(4, "Turns waiting per session.", least=0)
     max_line: int = _setting(
         64,
@@ -149,7 +163,11 @@ class Settings:
         least=0,
     )
     max_message: int = _setting(131_072, "Bytes of a message, in UTF-8.", least=1)
-    max_body: int = _setting(20 * 2**20, "Bytes of a request body, images included.", least=1)
+    max_body: int = _setting(
+        20 * 2**20,
+        "Bytes of the body of a message, images included; other bodies have small limits.",
+        least=1,
+    )
     max_images: int = _setting(8, "Images in one message.", least=0)
     max_image: int = _setting(5 * 2**20, "Bytes of one image, decoded.", least=1)
     workspace_bytes: int = _setting(
@@ -176,6 +194,10 @@ class Settings:
     page: bool = _setting(True, "Whether the chat page is served at `/`.")
     demo: bool = _setting(
         False, "Accept the token `dev` and answer through the offline demo model."
+    )
+    demo_hosts: tuple[str, ...] = _setting(
+        (),
+        "Names with a dot that the demo answers to, comma-separated, besides IP addresses.",
     )
 
     @classmethod
@@ -314,8 +336,8 @@ def _check(name: str, limits: cabc.Mapping[str, t.Any], value: t.Any) -> None:
         raise RuntimeError(f"{name} needs {limits['characters']} characters or more")
     if "above" in limits and not value > limits["above"]:
         raise RuntimeError(f"{name} must be more than {limits['above']}")
-    if isinstance(value, tuple) and any(len(key) < 16 for key in value):
-        raise RuntimeError(f"{name}: each key needs 16 characters or more")
+    if "each" in limits and any(len(key) < limits["each"] for key in value):
+        raise RuntimeError(f"{name}: each key needs {limits['each']} characters or more")
 
 
 def _number(value: t.Any) -> float:

@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 
 from flask import Flask
+from werkzeug.routing import PathConverter
 from werkzeug.routing import Rule
 
 from agentao_web import logs
@@ -27,6 +28,7 @@ from agentao_web.config import Settings
 from agentao_web.config import from_environment
 from agentao_web.config import rules_per_tenant
 from agentao_web.config import shells
+from agentao_web.core.folders import open_to_others
 from agentao_web.core.names import Principal
 from agentao_web.core.names import SessionKey
 from agentao_web.core.observer import Observer
@@ -52,6 +54,7 @@ OpenStore = cabc.Callable[[Settings], Store]
 RulesFor = cabc.Callable[[Principal, Rules], Rules]
 
 _KEY = "agentao_web"
+_ANY_PATH = "agentao_path"
 #: The applications of this process, for the one who ends it (agentao_web.workers).
 _apps: weakref.WeakSet[Flask] = weakref.WeakSet()
 
@@ -107,6 +110,8 @@ class AgentaoWeb:
             )
         settings = Settings.from_mapping({**_demo(os.environ), **app.config})
         log = logging.getLogger("agentao_web")
+        if (wide := open_to_others(settings.root)) is not None:
+            log.warning("AGENTAO_ROOT: %s", wide)
         rules = _rules(app, settings, self._rules)
         early.check(settings, shells(settings), own_agents=self._agents is not None)
         if settings.database_url is not None:
@@ -185,6 +190,12 @@ def _demo(environ: cabc.Mapping[str, str]) -> dict[str, str]:
     return {} if value is None else {"AGENTAO_DEMO": value}
 
 
+class _AnyPath(PathConverter):
+    """A path with line breaks too; Werkzeug's own ends at the first."""
+
+    regex = "[^/](?s:.*)"
+
+
 def _rules(
     app: Flask, settings: Settings, chosen: RulesFor | None
 ) -> cabc.Callable[[Principal], Rules]:
@@ -259,8 +270,10 @@ def _add_fallbacks(app: Flask, settings: Settings, prefix: str) -> None:
     """
     paths = {entry.path for entry in views.routes(settings)}
     rules = [(prefix + path, "other_methods", views.other_methods) for path in paths]
-    if prefix:
-        rules.append((f"{prefix}/<path:rest>", "no_such_path", views.no_such_path))
+    app.url_map.converters.setdefault(_ANY_PATH, _AnyPath)
+    nowhere = [path.replace("<path:", f"<{_ANY_PATH}:") for path in paths if "<path:" in path]
+    for path in [*nowhere, *([f"/<{_ANY_PATH}:rest>"] if prefix else [])]:
+        rules.append((prefix + path, "no_such_path", views.no_such_path))
     for path, name, view in rules:
         endpoint = f"{views.NAME}.{name}"
         app.url_map.add(Rule(path, endpoint=endpoint, methods=None))

@@ -32,6 +32,7 @@ from pathlib import Path
 
 from agentao_web.core import clean
 from agentao_web.core.errors import StoreUnavailable
+from agentao_web.core.folders import make_private
 from agentao_web.core.log import Draft
 from agentao_web.core.log import Event
 from agentao_web.core.names import SessionKey
@@ -464,7 +465,7 @@ class Folder:
 
     def _try_lock(self) -> int | None:
         lock = self._path / "lock"
-        self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self._path)
         with contextlib.suppress(FileNotFoundError):
             held = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             # It may have been removed before it was ours (_forget_others).

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import re
@@ -47,6 +48,7 @@ from agentao_web.core.errors import NotAcceptable
 from agentao_web.core.errors import NotFound
 from agentao_web.core.errors import PayloadTooLarge
 from agentao_web.core.errors import Quota
+from agentao_web.core.errors import TooManyStreams
 from agentao_web.core.errors import Unauthorized
 from agentao_web.core.errors import UnsupportedMediaType
 from agentao_web.core.errors import WebError
@@ -67,6 +69,8 @@ from agentao_web.readers import stream
 from agentao_web.readiness import Readiness
 from agentao_web.sessions import SessionPool
 from agentao_web.sessions import Started
+from agentao_web.slots import NoPlace
+from agentao_web.slots import Share
 from agentao_web.slots import Slot
 from agentao_web.slots import StreamSlots
 from agentao_web.store import ActiveTurn
@@ -84,6 +88,13 @@ _WAIT, _LIMIT, _MAX_LIMIT, _MAX_BYTES = 25, 500, 1000, 2**20
 _PAGE, _MAX_PAGE = 50, 200
 #: A page of the transcript ends after so many characters of JSON, but never before its first entry.
 _PAGE_BYTES = 2**20
+#: Bytes of a request body, by what it is: more than the rest is for images, as a setting says.
+_BODIES: t.Final = {"TurnRequest": sys.maxsize, "Answer": requests.ANSWER_BODY}
+#: Streams and waiting requests of one user, if no setting says how many, and at most this part of a
+#: worker's places; that part for a tenant. A person with a dozen tabs is far from it.
+_USER_STREAMS, _USER_PART, _TENANT_PART = 32, 1 / 2, 3 / 4
+#: Streams that one ticket opens at once: one, and what is left of those before a reconnect.
+TICKET_STREAMS: t.Final = 4
 
 _BY_STATUS: t.Final[dict[int, type[WebError]]] = {
     cls.status: cls
@@ -95,6 +106,8 @@ _access = logging.getLogger("agentao_web.access")
 
 #: A request id that a client or proxy may give: printable ASCII.
 _REQUEST_ID: t.Final = re.compile(r"[!-~](?:[ -~]{0,126}[!-~])?")
+#: The end of a Host that names its port; an IPv6 address is in brackets then.
+_PORT: t.Final = re.compile(r":\d*$")
 _ID, _BEGAN = "agentao_web.request_id", "agentao_web.began"
 
 
@@ -221,7 +234,8 @@ def _guarded(entry: openapi.Route) -> View:
     @functools.wraps(entry.view)
     def view(**arguments: str) -> t.Any:
         parts: Parts = current_app.extensions["agentao_web"]
-        request.max_content_length = parts.settings.max_body
+        largest = _BODIES.get(entry.request or "", requests.ROOM)
+        request.max_content_length = min(largest, parts.settings.max_body)
         if (sock := _socket()) is not None:
             sock.settimeout(parts.settings.send_timeout)
         if entry.public or entry.scheme == "metrics":
@@ -290,9 +304,14 @@ def start_turn(parts: Parts, key: SessionKey) -> Response:
     last = requests.cursor(request.headers.get("Last-Event-ID"), "Last-Event-ID")
     wait = requests.preferred_wait(", ".join(request.headers.getlist("Prefer")))
     # Asked for before anything starts.
-    slot = _slot(parts, key) if streams else parts.slots.take() if wait else None
-    if wait and slot is None:
-        wait = None
+    slot = None
+    if streams:
+        slot = _slot(parts, key)
+    elif wait:
+        try:
+            slot = _slot(parts, key)
+        except (NoStreamSlot, TooManyStreams):
+            wait = None
     with _freed(slot, after=streams):
         # No event has the number 0: whoever sends that has seen none.
         started = parts.pool.resume(key, last, asked) if last else parts.pool.start(key, asked)
@@ -341,7 +360,7 @@ def answer(parts: Parts, key: SessionKey) -> Response:
     "Read the session's log: long-poll, or SSE if text/event-stream is asked for",
     query=("after", "wait", "limit", "follow", "stream"),
     responses={200: "stream:EventPage", 204: ""},
-    errors=(400, 401, 404, 406, 503),
+    errors=(400, 401, 404, 406, 429, 503),
     headers=("Last-Event-ID",),
     ticket=True,
 )
@@ -457,9 +476,7 @@ def rename(parts: Parts, key: SessionKey) -> Response:
 def new_ticket(parts: Parts, key: SessionKey) -> Response:
     parts.pool.find(key)
     issued, expires_at = parts.tickets.issue(key, bearer(request))
-    response = jsonify(ticket=issued, expires_at=expires_at)
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    return jsonify(ticket=issued, expires_at=expires_at)
 
 
 @route(
@@ -597,10 +614,11 @@ def metrics(parts: Parts) -> Response:
 
 def _is_equal(given: str, wanted: str) -> bool:
     """Compares in the same time whatever was given, also if it is longer or no ASCII."""
-    one, other = (
-        hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, wanted)
-    )
-    return hmac.compare_digest(one, other)
+    return hmac.compare_digest(_digest(given), _digest(wanted))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
 def _body() -> bytes:
@@ -636,11 +654,39 @@ def begin_request() -> None:
     request.environ[_BEGAN] = time.monotonic()
     trail.leave()
     trail.enter(request_id=request_id())
+    parts: Parts = current_app.extensions["agentao_web"]
+    if parts.settings.demo and not parts.own_login:
+        _refuse_other_names(parts.settings.demo_hosts)
+
+
+def _refuse_other_names(allowed: cabc.Sequence[str]) -> None:
+    """Forbidden for a name that may be another site's.
+
+    Everybody knows the demo's token. A page of another site could use it, once that site's name
+    stands for the address of this server (DNS rebinding). An address is no name, and one without a
+    dot (localhost, a container, a machine of this network) is nobody's on the internet.
+    """
+    host = request.host.rpartition(":")[0] if _PORT.search(request.host) else request.host
+    name = host.strip("[]").rstrip(".").lower()
+    # What is no host at all is empty here.
+    if (name and "." not in name) or name.endswith(".localhost") or name in map(str.lower, allowed):
+        return
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        raise Forbidden(
+            "The demo answers only to localhost, to IP addresses and to names without a dot. To "
+            "use it by another name, set AGENTAO_DEMO_HOSTS to that name and restart the server."
+        ) from None
 
 
 def name_request(response: Response) -> Response:
     """Every answer says which request it is to. Harmless twice."""
     response.headers["X-Request-Id"] = request_id()
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    if response.mimetype == "application/json":
+        # It is one person's, and of this moment.
+        response.headers["Cache-Control"] = "no-store"
     parts: Parts | None = current_app.extensions.get("agentao_web")
     began = request.environ.pop(_BEGAN, None)
     if parts is not None and parts.settings.log_requests and began is not None:
@@ -750,11 +796,34 @@ def _socket() -> socket.socket | None:
 
 
 def _slot(parts: Parts, key: SessionKey, after: int | None = None) -> Slot:
-    """A place to wait in; NoStreamSlot, with where to ask without waiting, if there is none."""
-    slot = parts.slots.take()
-    if slot is None:
-        raise NoStreamSlot(poll_url=url_for(".events", sid=key.id, after=after, wait=0))
-    return slot
+    """A place to wait in; NoStreamSlot or TooManyStreams, with where to ask without waiting."""
+    try:
+        return parts.slots.take(_shares(parts, key))
+    except NoPlace as exc:
+        share = exc.share
+    instead = url_for(".events", sid=key.id, after=after, wait=0)
+    if share is None:
+        raise NoStreamSlot(poll_url=instead)
+    raise TooManyStreams(quota=Quota(share.name, share.most), poll_url=instead)
+
+
+def _shares(parts: Parts, key: SessionKey) -> list[Share]:
+    """Of what a stream or waiting request of *key* takes a part."""
+    settings, slots = parts.settings, parts.slots
+    shares = []
+    of_tenant = settings.max_streams_per_tenant or slots.part(_TENANT_PART)
+    if of_tenant is not None:
+        shares.append(Share("tenant_streams", key.tenant, of_tenant))
+    of_user = settings.max_streams_per_user
+    if of_user is None and key.user:
+        # Tokens without a user may be those of many people, or of a service that asks for them.
+        of_user = min(_USER_STREAMS, slots.part(_USER_PART) or _USER_STREAMS)
+    if of_user is not None:
+        shares.append(Share("user_streams", (key.tenant, key.user), of_user))
+    if (shown := ticket(request)) is not None:
+        # Without its signature, which can be spelled in more than one way.
+        shares.append(Share("ticket_streams", shown.rpartition(".")[0], TICKET_STREAMS))
+    return shares
 
 
 @contextlib.contextmanager

@@ -34,6 +34,8 @@ bind = addresses.bind(_settings)
 threads = 128
 worker_connections = 1000
 keepalive = 75
+# As much as nginx lets through, so that it is nginx that refuses more, in our form.
+limit_request_line = 8190
 # Longer than a drain takes; it bounds a worker's main thread, never a stream.
 graceful_timeout = int(_settings.drain_grace) + 10  # And the margin of _compare() below.
 timeout = graceful_timeout + 10

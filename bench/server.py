@@ -52,6 +52,9 @@ class Server:
                         **env,
                         "AGENTAO_ROOT": str(folder / f"root-{number}"),
                         "AGENTAO_SECRET_KEYS": key,
+                        # One user opens them all here.
+                        "AGENTAO_MAX_STREAMS_PER_USER": "100000",
+                        "AGENTAO_MAX_STREAMS_PER_TENANT": "100000",
                         **ours,
                     },
                     pass_fds=[fd],

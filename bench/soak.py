@@ -292,6 +292,8 @@ def soak(folder: Path, *, seconds: float, clients: int) -> Report:
         "AGENTAO_SESSION_TTL": "2",
         "AGENTAO_DRAIN_GRACE": "5",
         "AGENTAO_MAX_TURNS": str(4 * clients),
+        "AGENTAO_MAX_STREAMS_PER_USER": "120",
+        "AGENTAO_MAX_STREAMS_PER_TENANT": "120",
     }
     with (
         ModelServer() as model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import contextlib
+import dataclasses
 import logging
 import os
 import threading
@@ -24,11 +25,8 @@ from agentao_web.agents.budget import Purse
 from agentao_web.agents.build import build_agent
 from agentao_web.agents.build import close_agent
 from agentao_web.agents.early import model
-<<<<<<< HEAD
-=======
 from agentao_web.agents.host import Factory
 from agentao_web.agents.host import SessionInfo
->>>>>>> hosts
 from agentao_web.agents.mcp import Server
 from agentao_web.agents.mcp import read_servers
 from agentao_web.agents.memory import open_memory

@@ -46,14 +46,30 @@ GO: t.Final = b"go\n"
 _CHECK_SECONDS: t.Final = 15.0
 _SYSTEM: t.Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 
-#: machine -> its audit number and the system calls a command does not get: those that set disk
-#: space aside behind the limits (fallocate; io_uring could do it too), and doors into the kernel.
-_DENIED: t.Final[dict[str, tuple[int, tuple[int, ...]]]] = {
-    "x86_64": (0xC000003E, (285, 425, 426, 427, 103, 248, 249, 250, 298, 321, 323)),
-    "aarch64": (0xC00000B7, (47, 425, 426, 427, 116, 217, 218, 219, 241, 280, 282)),
+#: machine -> its audit number.
+_AUDIT: t.Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_ENOSYS, _EOPNOTSUPP, _EAFNOSUPPORT = 38, 95, 97
+#: machine -> error -> the system calls a command does not get.
+#: "Not supported" are those that set disk space aside behind the limits (fallocate; io_uring could
+#: do it too), and doors into the kernel. Of those that are "not implemented" programs know how to
+#: do without: SysV memory, queues and semaphores, memfds, and Landlock, whose rules keep a deleted
+#: file. What they hold is in no process and no folder, so nothing here could count it.
+_DENIED: t.Final[dict[str, dict[int, tuple[int, ...]]]] = {
+    "x86_64": {
+        _EOPNOTSUPP: (285, 425, 426, 427, 103, 248, 249, 250, 298, 321, 323),
+        _ENOSYS: (29, 30, 31, 64, 66, 68, 71, 319, 447, 444, 445, 446),
+    },
+    "aarch64": {
+        _EOPNOTSUPP: (47, 425, 426, 427, 116, 217, 218, 219, 241, 280, 282),
+        _ENOSYS: (194, 195, 196, 190, 191, 186, 187, 279, 447, 444, 445, 446),
+    },
 }
+#: machine -> mmap and socket, of which the arguments decide.
+_LOOKED_AT: t.Final = {"x86_64": (9, 41), "aarch64": (222, 198)}
+#: AF_UNIX, AF_INET, AF_INET6 and AF_NETLINK: a network namespace holds these. AF_VSOCK for one
+#: would reach the machine below a virtual one.
+_FAMILIES: t.Final = (1, 2, 10, 16)
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
-_EOPNOTSUPP = 95
 _X32 = 0x40000000
 
 
@@ -96,9 +112,9 @@ def limited(command: str, **limits: int) -> list[str]:
 
 def check(root: Path) -> None:
     """RuntimeError, with the cure, if a command of a workspace below *root* cannot be confined."""
-    if platform.machine() not in _DENIED:
+    if platform.machine() not in _AUDIT:
         raise RuntimeError(
-            f"the sandbox is made for {' and '.join(_DENIED)}, not for {platform.machine()}: "
+            f"the sandbox is made for {' and '.join(_AUDIT)}, not for {platform.machine()}: "
             "set AGENTAO_SHELL=off"
         )
     real = os.path.realpath(root)
@@ -116,7 +132,7 @@ def _try_out(bwrap: str) -> None:
     """Run the real thing once. What raises is not remembered, so a repaired machine is seen."""
     with (
         tempfile.TemporaryDirectory(prefix="agentao-web-") as folder,
-        launch(Path(folder), "", "echo works", file_size=4096) as tried,
+        launch(Path(folder), "", _PROOF, file_size=4096) as tried,
         contextlib.ExitStack() as stack,
     ):
         ours, theirs = map(stack.enter_context, socket.socketpair())
@@ -132,11 +148,28 @@ def _try_out(bwrap: str) -> None:
             )
         except (OSError, subprocess.TimeoutExpired) as exc:
             raise RuntimeError(f"{_BROKEN}: {exc}. {_cure('')}") from None
-    if done.stdout != b"works\n":
+    works, _, mounts = done.stdout.decode("utf-8", "replace").partition("\n")
+    if works != "works":
         said = done.stderr.decode("utf-8", "replace").strip()[-500:]
         raise RuntimeError(f"{_BROKEN}: {said or f'exit code {done.returncode}'}. {_cure(said)}")
+    if not _is_proc_read_only(mounts):
+        raise RuntimeError(
+            f"{_BROKEN}: /proc can be written in there, and with it the settings of the machine "
+            "below /proc/sys, if the server is root. Use bubblewrap 0.8 or newer as the "
+            "distribution ships it, or set AGENTAO_SHELL=off."
+        )
 
 
+def _is_proc_read_only(mounts: str) -> bool:
+    """Whether all that is mounted at and below /proc is, by the text of a mountinfo."""
+    found = [line.split() for line in mounts.splitlines()]
+    flags = {row[4]: row[5].split(",") for row in found if len(row) > 5}
+    below = [flags[point] for point in flags if f"{point}/".startswith("/proc/")]
+    return "/proc" in flags and all("ro" in given for given in below)
+
+
+#: What is run to see that commands run, and that they are behind the walls. Nothing is written.
+_PROOF: t.Final = "echo works; cat /proc/self/mountinfo"
 _BROKEN: t.Final = "AGENTAO_SHELL=sandbox does not work here"
 
 
@@ -175,7 +208,11 @@ def _walls() -> list[str]:
             argv += ["--ro-bind", name, name]
     for name in _ETC:
         argv += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
-    argv += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    # For a server that is root the files of /proc are its own: those of /proc/sys are settings of
+    # the machine. Read-only they are nobody's.
+    argv += ["--proc", "/proc", "--remount-ro", "/proc"]
+    # A /dev/zero that can be read and not mapped: its shared memory would count for no process.
+    argv += ["--dev", "/dev", "--dev-bind", "/dev/full", "/dev/zero", "--remount-ro", "/dev"]
     for name in ("/dev/shm", "/tmp"):
         argv += ["--size", str(SCRATCH), "--perms", "1777", "--tmpfs", name]
     return argv
@@ -195,12 +232,30 @@ def _ready(data: bytes) -> t.Iterator[int]:
 
 @functools.cache
 def _filter() -> bytes:
-    """The seccomp program: the denied calls, and those of another machine, are not supported."""
-    audit, denied = _DENIED[platform.machine()]
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
-    checks = [(at_least, _X32), *((equal, number) for number in denied)]
-    program = [(load, 0, 0, 4), (equal, 0, len(checks) + 2, audit), (load, 0, 0, 0)]
-    for place, (code, value) in enumerate(checks):
-        program.append((code, len(checks) - place, 0, value))
-    program += [(answer, 0, 0, _ALLOW), (answer, 0, 0, _ERRNO | _EOPNOTSUPP)]
+    """The seccomp program: what is denied here, and every call of another machine."""
+    machine = platform.machine()
+    load, equal, at_least, both, answer = 0x20, 0x15, 0x35, 0x54, 0x06
+    refuse = {error: (answer, 0, 0, _ERRNO | error) for error in (_EOPNOTSUPP, _EAFNOSUPPORT)}
+    allow = (answer, 0, 0, _ALLOW)
+    mmap, socket_ = _LOOKED_AT[machine]
+    # 1. Another machine's calls have other numbers.
+    program = [(load, 0, 0, 4), (equal, 1, 0, _AUDIT[machine]), refuse[_EOPNOTSUPP]]
+    program += [(load, 0, 0, 0), (at_least, 0, 1, _X32), refuse[_EOPNOTSUPP]]
+    # 2. By number.
+    for error, numbers in _DENIED[machine].items():
+        for number in numbers:
+            program += [(equal, 0, 1, number), (answer, 0, 0, _ERRNO | error)]
+    # 3. MAP_SHARED | MAP_ANONYMOUS: this memory counts for no process once it has let go of a page.
+    program += [(equal, 0, 5, mmap), (load, 0, 0, _argument(3)), (both, 0, 0, 0x2F)]
+    program += [(equal, 0, 1, 0x21), refuse[_EOPNOTSUPP], allow]
+    # 4. Kinds of sockets.
+    program += [(equal, 0, 2 * len(_FAMILIES) + 2, socket_), (load, 0, 0, _argument(0))]
+    for family in _FAMILIES:
+        program += [(equal, 0, 1, family), allow]
+    program += [refuse[_EAFNOSUPPORT], allow]
     return b"".join(struct.pack("=HBBI", *line) for line in program)
+
+
+def _argument(number: int) -> int:
+    """Where the lower half of a system call's argument is; both machines put it first."""
+    return 16 + 8 * number

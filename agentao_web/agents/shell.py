@@ -20,7 +20,6 @@ import secrets
 import selectors
 import signal
 import socket
-import stat
 import subprocess
 import time
 import typing as t
@@ -32,6 +31,7 @@ from agentao.capabilities import ShellResult
 from agentao.security import PathPolicyError
 from agentao.tools import ShellTool
 
+from . import processes
 from . import sandbox
 from .quota import Quota
 from .quota import Usage
@@ -44,9 +44,11 @@ KEPT_HEAD: t.Final = 64 * 2**10
 KEPT_TAIL: t.Final = 192 * 2**10
 SHOWN: t.Final = 256 * 2**10
 MAX_OUTPUT: t.Final = 16 * 2**20
-#: Processes of one command, and their memory together.
-MAX_PROCESSES: t.Final = 256
-MAX_MEMORY: t.Final = 4 * 2**30
+#: Bytes that may go from the disk while a command runs that keeps files nobody can measure.
+MAX_LOST: t.Final = 4 * 2**30
+#: Bytes of the workspace's disk that no command gets, or this part of a small one.
+KEPT_FREE: t.Final = 512 * 2**20
+KEPT_PART: t.Final = 20
 #: Seconds between two looks at the processes, and at the workspace.
 LOOK: t.Final = 0.2
 MEASURE: t.Final = 1.0
@@ -91,7 +93,7 @@ class Executor:
         """
         self.admit()
         used = self._quota.measure()
-        full = self._quota.complaint(used)
+        full = self._quota.complaint(used) or _scarce(self._workspace)
         if used.files > 2 * self._quota.max_files:
             raise RuntimeError(full)
         folder = os.path.relpath(request.cwd, self._workspace)
@@ -100,8 +102,9 @@ class Executor:
         with self._launch("" if folder == "." else folder, request.command, room) as launch:
             process, gate = _start(launch)
         with _Command(process, gate, launch.mark, request, str(self._workspace)) as command:
-            why = command.watch(self.seconds, lambda: self._grown(used))
-        full = self._quota.complaint(self._quota.measure())
+            free = _free(self._workspace)
+            why = command.watch(self.seconds, lambda: self._grown(used, free, process.pid))
+        full = self._quota.complaint(self._quota.measure()) or _scarce(self._workspace)
         return command.result(why or full)
 
     def run_background(self, request: ShellRequest) -> BackgroundHandle:
@@ -117,12 +120,32 @@ class Executor:
         with sandbox.launch(self._workspace, folder, command, file_size=room) as ready:
             yield Launch(ready.argv, ready.fds, {}, "/")
 
-    def _grown(self, before: Usage) -> str | None:
-        """Why the workspace is too full to go on, if it is, and fuller than *before*."""
-        used = self._quota.measure()
+    def _grown(self, before: Usage, free: int, pid: int) -> str | None:
+        """Why the workspace or its disk is too full to go on, and fuller than *before*."""
+        used, left = self._quota.measure(), _free(self._workspace)
+        lost = free - left - max(0, used.size - before.size)
+        if lost > MAX_LOST and processes.hide_files(pid):
+            return f"the disk has lost {MAX_LOST:,} bytes to files without a name"
+        if left < free and (scarce := _scarce(self._workspace)):
+            return scarce
         if used.size <= before.size and used.files <= before.files:
             return None
         return self._quota.complaint(used)
+
+
+def _free(workspace: Path) -> int:
+    """Bytes free on the workspace's disk."""
+    disk = os.statvfs(workspace)
+    return disk.f_bavail * disk.f_frsize
+
+
+def _scarce(workspace: Path) -> str | None:
+    """Why no file may grow, if the disk is almost full: the server itself needs the rest."""
+    disk = os.statvfs(workspace)
+    kept = min(KEPT_FREE, disk.f_blocks * disk.f_frsize // KEPT_PART)
+    if disk.f_bavail * disk.f_frsize >= kept:
+        return None
+    return "the server's disk is almost full: free some space"
 
 
 class Unconfined(Executor):
@@ -248,7 +271,7 @@ class _Command:
                 ready.register(pipe, selectors.EVENT_READ)
             for other in (self._gate, self._wake, ended):
                 ready.register(other, selectors.EVENT_READ)
-            looked = 0.0
+            look = 0.0
             while True:
                 found = {key.fileobj for key, _ in ready.select(LOOK)}
                 if ended in found:
@@ -266,19 +289,21 @@ class _Command:
                     return "time"
                 if self._read > MAX_OUTPUT:
                     return f"stopped after {MAX_OUTPUT:,} bytes of output"
-                if now - looked > LOOK:
-                    if too_much := _too_much(self._process.pid):
+                if now > look:
+                    if too_much := processes.too_much(self._process.pid):
                         return too_much
-                    looked = time.monotonic()
+                    # Where looking takes long it is done less often.
+                    then = time.monotonic()
+                    look = then + max(LOOK, 5 * (then - now))
                 if now > measure:
                     if full := grown():
                         return f"stopped: {full}"
-                    # Where looking takes long it is done less often.
                     then = time.monotonic()
                     measure = then + max(MEASURE, 10 * (then - now))
 
     def _let_go(self) -> None:
-        """It is in place, so it ends with us from now on."""
+        """It is in place, so it ends with us from now on, and before us."""
+        processes.first_to_go(self._process.pid)
         with contextlib.suppress(OSError):
             self._gate.send(sandbox.GO)
 
@@ -310,11 +335,17 @@ class _Command:
             return  # its number may be another's by now
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        for pid in _marked(self._mark) if self._mark else ():
+        for pid in self._strays():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(REAP)
+
+    def _strays(self) -> list[int]:
+        """What began with the command's mark, if it has one, and is not in its group any more."""
+        if not self._mark:
+            return []
+        return processes.with_environment(f"{_MARK}={self._mark}".encode())
 
     def result(self, note: str | None) -> ShellResult:
         """What agentao gets, with *note* as the last line of the errors."""
@@ -409,67 +440,6 @@ def _exit_of(process: subprocess.Popen[bytes]) -> cabc.Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-# The processes of a command
-
-
-def _too_much(pid: int) -> str | None:
-    """Why the processes below *pid* are too many or too large, if they are."""
-    found = [pid]
-    for one in found:
-        found += _children(one)
-        # The number first: while they multiply there is no time for more.
-        if len(found) > MAX_PROCESSES:
-            return f"stopped: more than {MAX_PROCESSES} processes"
-    memory = sum(map(_resident, found))
-    unlinked: dict[tuple[int, int], int] = {}
-    for one in found:
-        unlinked.update(_unlinked(one))
-    if memory + sum(unlinked.values()) > MAX_MEMORY:
-        return f"stopped: more than {MAX_MEMORY:,} bytes of memory and of files without a name"
-    return None
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/children") as children:
-                found += map(int, children.read().split())
-    return found
-
-
-def _resident(pid: int) -> int:
-    try:
-        with open(f"/proc/{pid}/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
-
-
-def _unlinked(pid: int) -> dict[tuple[int, int], int]:
-    """Open files that have no name any more, or never had one: no walk would find them."""
-    found = {}
-    with contextlib.suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                info = os.stat(f"/proc/{pid}/fd/{name}")
-                if stat.S_ISREG(info.st_mode) and info.st_nlink == 0:
-                    found[info.st_dev, info.st_ino] = info.st_blocks * 512
-    return found
-
-
-def _marked(mark: str) -> list[int]:
-    """Processes that were started with *mark* in their environment, wherever they hid since."""
-    wanted = f"{_MARK}={mark}".encode()
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as environ:
-                if wanted in environ.read(2**18).split(b"\0"):
-                    found.append(int(name))
-    return found
 
 
 class CommandTool(ShellTool):

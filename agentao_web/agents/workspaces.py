@@ -8,6 +8,7 @@ from pathlib import Path
 
 from agentao_web.agents.quota import book_of
 from agentao_web.agents.removal import remove_folder
+from agentao_web.core.folders import make_private
 from agentao_web.core.names import SessionKey
 
 
@@ -30,9 +31,7 @@ class Workspaces:
     def make(self, key: SessionKey) -> Path:
         """The same folder, made if need be, for the server's own user only."""
         path = self.path(key)
-        self._root.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (self._root, path.parent, path):
-            folder.mkdir(mode=0o700, exist_ok=True)
+        make_private(path)
         return path.resolve()
 
     def memory(self, key: SessionKey) -> Path | None:

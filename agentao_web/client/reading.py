@@ -212,7 +212,7 @@ class Reading:
     def _refused(self, exc: ApiError, patience: Patience) -> None:
         if exc.status == 406 and not self._polls:
             self._poll_from_now_on()
-        elif exc.code == "no_stream_slot":
+        elif exc.code in ("no_stream_slot", "too_many_streams"):
             if not self._polls:
                 # A place may be free again for the next one.
                 self._poll_from_now_on()

@@ -144,6 +144,14 @@ class TooManySessions(WebError):
     retry_after = 30
 
 
+class TooManyStreams(WebError):
+    """You have too many open streams and waiting requests; close one, or poll instead."""
+
+    status = 429
+    code = "too_many_streams"
+    retry_after = 2
+
+
 class BudgetExhausted(WebError):
     """The tenant's tokens of this day (UTC) are spent."""
 

@@ -23,6 +23,7 @@ from agentao_web.agents import trial
 from agentao_web.config import Settings
 from agentao_web.config import shells
 from agentao_web.core.errors import StoreUnavailable
+from agentao_web.core.folders import open_to_others
 from agentao_web.doctor import Finding
 from agentao_web.doctor import hint
 from agentao_web.doctor import ok
@@ -147,6 +148,7 @@ def _odd(case: Case) -> Findings:
     for small, large in (
         ("max_turns_per_user", "max_turns_per_tenant"),
         ("max_turns_per_tenant", "max_turns"),
+        ("max_streams_per_user", "max_streams_per_tenant"),
     ):
         if (getattr(s, small) or 0) > (getattr(s, large) or getattr(s, small) or 0):
             names = [f"AGENTAO_{name.upper()}" for name in (small, large)]
@@ -339,7 +341,10 @@ def _agents(case: Case) -> Findings:
     settings = case.settings
     if "sandbox" in shells(settings):
         trial.sandbox(settings.root)
-        yield ok("shell", "the sandbox works")
+        yield ok("shell", "the sandbox works, and /proc is read-only inside it")
+        if os.geteuid() == 0:
+            cure = "run the server as a user of its own, as deploy/agentao-web.service does"
+            yield hint("shell", "the server is root, and so is a command behind its walls", cure)
     if settings.skills is not None:
         yield ok("skills", f"{trial.skills(settings.skills)} can be read")
     if settings.mcp is not None:
@@ -467,6 +472,9 @@ def _disk(case: Case) -> Findings:
     if there == root and not os.access(root, os.W_OK | os.X_OK):
         cure = f"chown -R agentao-web {root}, and run the doctor as that user"
         yield wrong("disk", f"{root} cannot be written by this user", cure)
+    if (wide := open_to_others(root)) is not None:
+        message, _, cure = wide.rpartition(": ")
+        yield hint("disk", message, cure)
     kind = filesystem(root, Path("/proc/self/mountinfo").read_text())
     if kind in ("tmpfs", "ramfs"):
         cure = "set AGENTAO_ROOT to a disk"

@@ -20,7 +20,7 @@ export class ApiError extends Error {
 
   /** Whether the same request may well succeed in a moment. */
   get passes() {
-    return [502, 504].includes(this.status) || ["draining", "store_unavailable", "no_stream_slot"].includes(this.code) ||
+    return [502, 504].includes(this.status) || ["draining", "store_unavailable", "no_stream_slot", "too_many_streams"].includes(this.code) ||
       (this.status === 503 && this.code === "unknown");
   }
 }

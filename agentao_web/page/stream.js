@@ -71,7 +71,7 @@ export class Reader {
           this.#on.gone();
           return;
         }
-        if (error.code === "no_stream_slot") {
+        if (["no_stream_slot", "too_many_streams"].includes(error.code)) {
           this.#noSlotUntil = Date.now() + 60_000;
           continue;
         }

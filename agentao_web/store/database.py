@@ -23,6 +23,7 @@ from sqlalchemy import exc
 
 from agentao_web.core.errors import StoreUnavailable
 from agentao_web.core.errors import WrongSchema
+from agentao_web.core.folders import make_private
 from agentao_web.store import DRIVERS
 from agentao_web.store import check_url
 from agentao_web.store import tables
@@ -260,7 +261,7 @@ def _path(url: sa.URL) -> Path:
 
 def _create_file(path: Path) -> None:
     """Make the file before SQLite does, for its owner only; -wal and -shm follow its mode."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(path.parent)
     with contextlib.suppress(FileExistsError):
         # Never open it if it is there: closing any descriptor drops the locks of the process.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))

@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import json
 import re
+import secrets
 import typing as t
 
 from agentao_web.core.errors import InvalidRequest
@@ -35,6 +36,18 @@ MAX_TITLE: t.Final = 200
 PAGE_MARK: t.Final = (
     r"^([0-9]{1,17}(\.[0-9]{1,17})?(e[+-]?[0-9]{1,2})?~[A-Za-z0-9][A-Za-z0-9._-]{0,127})?$"
 )
+#: Bytes of a body besides what it is about, and of an answer: its longest, all escaped.
+ROOM: t.Final = 64 * 2**10
+ANSWER_BODY: t.Final = 12 * MAX_ANSWER + ROOM
+#: Values of a body: a dozen are meant, and a client of a richer protocol may send what we ignore.
+MAX_VALUES: t.Final = 10_000
+#: What stands before every value of a list or object but the first, or opens one.
+_BETWEEN: t.Final = (b",", b"[", b"{")
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)', re.DOTALL)
+#: Bytes of a text from which on it may be the data of an image, and what that is made of; some
+#: encoders put a backslash before each slash.
+_LONG: t.Final = 2048
+_BASE64: t.Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 _KEY = re.compile(r"[!-~]{1,255}")
 _MISSING: t.Final = object()
 
@@ -43,6 +56,7 @@ def json_object(body: bytes) -> dict[str, t.Any]:
     """*body* as a JSON object; InvalidRequest says what is wrong with it."""
     if not body.strip():
         raise InvalidRequest("the body is empty; send a JSON object", field="body")
+    _count_values(body)
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError:
@@ -55,6 +69,87 @@ def json_object(body: bytes) -> dict[str, t.Any]:
     if not isinstance(value, dict):
         raise InvalidRequest("the body must be a JSON object", field="body")
     return value
+
+
+def _count_values(body: bytes) -> None:
+    """InvalidRequest for more values than anybody means: each takes many times its text."""
+    if sum(map(body.count, _BETWEEN)) <= MAX_VALUES:
+        return
+    # Or they are commas of a text.
+    values, end = 0, 0
+    for number, found in enumerate(_STRING.finditer(body)):
+        values += sum(body.count(mark, end, found.start()) for mark in _BETWEEN)
+        end = found.end()
+        if values > MAX_VALUES or number > 2 * MAX_VALUES:
+            break
+    else:
+        values += sum(body.count(mark, end) for mark in _BETWEEN)
+        if values <= MAX_VALUES:
+            return
+    raise InvalidRequest(
+        f"the body has more than {MAX_VALUES:,} values; send only the fields of this route",
+        field="body",
+    )
+
+
+def _with_images(body: bytes, most: int) -> dict[str, t.Any]:
+    """The same, of a body of which *most* bytes may be anything but the data of images.
+
+    That data is taken out before the rest is parsed: text of a whole body would be up to four times
+    as large, for a single emoji in it.
+    """
+    if len(body) <= most:
+        return json_object(body)
+    # Everything that JSON is made of is left over here, so from now on nothing takes long.
+    if len(body.translate(None, _BASE64)) > most:
+        raise _too_much(most)
+    nonce = secrets.token_hex(16)
+    rest, texts = _without_long_texts(body, nonce)
+    if len(rest) > most:
+        raise _too_much(most)
+    try:
+        return {k: _put_back(v, nonce, texts) for k, v in json_object(rest).items()}
+    except RecursionError:
+        raise InvalidRequest("the JSON is nested too deeply", field="body") from None
+
+
+def _without_long_texts(body: bytes, nonce: str) -> tuple[bytes, list[str]]:
+    """*body* with a mark in place of each text that may be an image's data, and those texts.
+
+    A search for quotes and no pattern: that would hold all other threads up over 20 MiB.
+    """
+    kept, texts, done = list[bytes](), list[str](), 0
+    start = body.find(b'"')
+    while start >= 0:
+        end = body.find(b'"', start + 1)
+        # One with a backslash before it is in the middle of a text.
+        if end - start > _LONG and body[start - 1 : start] != b"\\":
+            text = body[start + 1 : end]
+            if text.translate(None, _BASE64) == b"\\" * text.count(b"\\/"):
+                kept += (body[done:start], f'"{nonce}.{len(texts)}"'.encode())
+                texts.append(text.replace(b"\\/", b"/").decode())
+                done, end = end + 1, body.find(b'"', end + 1)
+        start = end
+    return b"".join((*kept, body[done:])), texts
+
+
+def _put_back(value: t.Any, nonce: str, texts: list[str]) -> t.Any:
+    if isinstance(value, str) and value.startswith(nonce):
+        return texts[int(value.rpartition(".")[2])]
+    if isinstance(value, list):
+        return [_put_back(one, nonce, texts) for one in value]
+    if isinstance(value, dict):
+        return {k: _put_back(v, nonce, texts) for k, v in value.items()}
+    return value
+
+
+def _too_much(most: int) -> PayloadTooLarge:
+    return PayloadTooLarge(
+        "The body is too large even without the data of its images. Send a shorter message, and "
+        "only the fields of this route.",
+        field="body",
+        limit=most,
+    )
 
 
 class Limits(t.Protocol):
@@ -74,7 +169,8 @@ def turn_request(
     body: bytes, limits: Limits, *, streams: bool, key: str | None = None
 ) -> TurnRequest:
     """The body of ``POST /chat/<sid>``; fields nobody knows are ignored."""
-    fields = json_object(body)
+    # A character is six bytes at most where it is one in UTF-8, and there are other fields.
+    fields = _with_images(body, 6 * limits.max_message + 4 * ROOM)
     default = "cancel" if streams else "continue"
     return TurnRequest(
         message=_message(fields, limits.max_message),

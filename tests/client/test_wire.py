@@ -316,6 +316,7 @@ def test_what_does_not_pass_soon_enough_is_told() -> None:
         lambda: refused(406, "not_acceptable"),
         lambda: httpx.Response(200, json={"hello": 1}),
         lambda: refused(503, "no_stream_slot", headers={"Retry-After": "2"}),
+        lambda: refused(429, "too_many_streams", headers={"Retry-After": "2"}),
     ],
 )
 def test_where_there_are_no_streams_it_polls(odd: t.Callable[[], httpx.Response]) -> None:

@@ -338,8 +338,9 @@ def test_the_project_has_both_entry_points() -> None:
 
 def test_with_every_place_taken_the_rest_still_answers(tmp_path: Path, model: ModelServer) -> None:
     """Four threads: three may stream, one is for everybody else."""
+    shares = {"AGENTAO_MAX_STREAMS_PER_USER": "3", "AGENTAO_MAX_STREAMS_PER_TENANT": "3"}
     with (
-        Server(tmp_path, "--threads", "4", **model_env(model)) as server,
+        Server(tmp_path, "--threads", "4", **model_env(model, **shares)) as server,
         server.stream("a", "hang") as a,
         server.stream("b", "hang"),
         server.stream("c", "hang"),

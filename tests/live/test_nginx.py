@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import collections.abc as cabc
 import contextlib
+import http.client
+import json
 import os
 import re
 import signal
@@ -442,6 +444,44 @@ def test_a_large_body_arrives_and_a_larger_one_is_refused_in_our_form(tmp_path: 
         # A size that is not told before is counted.
         answer = site.http.post("/chat/s", content=(b"x" * 2**20 for _ in range(21)))
         assert answer.status_code == 413
+
+
+def _connected(site: Site) -> ssl.SSLSocket:
+    plain = socket.create_connection(("127.0.0.1", site.nginx.port), PATIENCE)
+    return site.nginx.trust.wrap_socket(plain, server_hostname="localhost")
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "field"),
+    [
+        ("GET /chat/s/events?x={long} HTTP/1.1\r\nHost: a\r\n\r\n", 414, "url"),
+        ("GET /healthz HTTP/1.1\r\nHost: a\r\nCookie: {long}\r\n\r\n", 431, "headers"),
+        ("GET /healthz HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n", 400, None),
+        ("GET /healthz HTTP/1.1\r\n\r\n", 400, None),
+        ("nonsense\r\n\r\n", 400, None),
+    ],
+    ids=["url", "cookie", "length", "host", "nonsense"],
+)
+def test_what_nginx_itself_refuses_is_refused_in_our_form(
+    tmp_path: Path, head: str, status: int, field: str | None
+) -> None:
+    with Site(tmp_path, addresses=1) as site, _connected(site) as sock:
+        sock.sendall(head.format(long="a" * 20_000).encode())
+        answer = http.client.HTTPResponse(sock)
+        answer.begin()
+        assert answer.status == status
+        assert answer.headers["Content-Type"] == "application/json"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Cache-Control"] == "no-store"
+        body = json.loads(answer.read())
+        assert set(body) == {"code", "message", "details"}
+        assert body["code"] == "invalid_request" and body["details"].get("field") == field
+
+
+def test_a_url_that_nginx_lets_through_is_read(tmp_path: Path) -> None:
+    with Site(tmp_path, addresses=1) as site:
+        answer = site.http.get("/healthz?x=" + "a" * 7_000)
+        assert (answer.status_code, answer.json()) == (200, {"ok": True})
 
 
 @pytest.mark.parametrize("http2", VERSIONS)

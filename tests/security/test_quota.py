@@ -240,7 +240,7 @@ def test_many_names_end_the_command_too(web: cabc.Callable[..., Web]) -> None:
 def test_a_file_without_a_name_is_seen(
     web: cabc.Callable[..., Web], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agentao_web.agents.shell.MAX_MEMORY", 100 * 2**20)
+    monkeypatch.setattr("agentao_web.agents.processes.MAX_MEMORY", 100 * 2**20)
     w = web()
     told = w.run("exec 3> gone; rm gone; head -c 200M /dev/zero >&3; sleep 1000")
     assert "files without a name" in told

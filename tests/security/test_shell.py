@@ -20,9 +20,9 @@ from agentao_web import AgentaoWeb
 from agentao_web import Principal
 from agentao_web import shutdown
 from agentao_web.agents import sandbox
+from agentao_web.agents.processes import MAX_PROCESSES
 from agentao_web.agents.quota import Quota
 from agentao_web.agents.shell import MAX_COMMAND
-from agentao_web.agents.shell import MAX_PROCESSES
 from agentao_web.agents.shell import SHOWN
 from agentao_web.agents.shell import Executor
 from agentao_web.agents.shell import Unconfined
