@@ -481,6 +481,24 @@ def test_one_session_whose_events_the_store_refuses_holds_up_no_other(probe: Mak
 # -- numbers of tokens -------------------------------------------------------------------------
 
 
+def test_a_mistake_at_the_very_end_costs_one_turn(stores: cabc.Callable[[], Store]) -> None:
+    class Failing(Observer):
+        failed = False
+
+        def ended(self, *told: t.Any) -> None:
+            if not self.failed:
+                self.failed = True
+                raise RuntimeError("a mistake of ours")
+
+    p = Probe(say_ok, store=stores(), observer=Failing(), worker_lease=LEASE)
+    try:
+        assert p.run("one").extra["error"]["code"] == "internal_error"
+        assert_well(p)
+        assert p.pool.counts()["slots"] == 0
+    finally:
+        p.pool.drain(grace=2)
+
+
 @pytest.mark.parametrize("count", [-100, True, 10**30, 10**4298, 1.5, "5", None, 2**53 + 1])
 def test_what_is_no_number_of_tokens_is_not_counted(probe: Make, count: t.Any) -> None:
     usage = {"prompt_tokens": count, "completion_tokens": 3}
