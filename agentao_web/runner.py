@@ -479,13 +479,27 @@ class Runner:
         while following is not None:
             turn = following
             with trail.along(_told(live, turn)):
-                following = self._run(live, turn)
+                try:
+                    following = self._run(live, turn)
+                except BaseException:
+                    # A mistake of ours, for which the session must not pay.
+                    following = self._fallen(live, turn)
             if following is not None and not self._placed(live, following):
                 following = None
         if turn.abandoned:
             self._books.give_back()
             self._books.abandon(-1)
         self.next_in_line()
+
+    def _fallen(self, live: Live, turn: LiveTurn) -> LiveTurn | None:
+        outcome = self.endings.broken(turn)
+        if turn.outcome is not None:
+            return None  # It has ended all the same.
+        live.close_turn(turn)
+        if turn.claim is not None:
+            self.endings.lost(live, turn)
+        self.drop_agent(live)
+        return self._show(live, turn, Ended(outcome))
 
     def _run(self, live: Live, turn: LiveTurn) -> LiveTurn | None:
         agent: Agent | None = None

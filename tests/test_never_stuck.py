@@ -55,8 +55,8 @@ from tests.test_views import KEY as SECRET
 from tests.test_views import Web
 
 stores = together.stores
-#: Seconds an end is tried to be stored, in tests whose store fails.
-LEASE = 1.0
+#: Seconds an end is tried to be stored, in tests that wait for the end of that.
+LEASE = 4.0
 
 Make = cabc.Callable[..., Probe]
 
@@ -92,7 +92,7 @@ def probe(stores: cabc.Callable[[], Store]) -> cabc.Iterator[Make]:
     made: list[Probe] = []
 
     def make(script: t.Any = say_ok, **caps: t.Any) -> Probe:
-        made.append(Probe(script, store=Faulty(stores()), **{"worker_lease": LEASE, **caps}))
+        made.append(Probe(script, store=Faulty(stores()), **caps))
         return made[-1]
 
     yield make
@@ -102,7 +102,7 @@ def probe(stores: cabc.Callable[[], Store]) -> cabc.Iterator[Make]:
 
 
 def until(condition: cabc.Callable[[], t.Any], what: str) -> None:
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + 3 * PATIENCE
     while not condition():
         assert time.monotonic() < end, what
         threading.Event().wait(0.01)
@@ -110,7 +110,7 @@ def until(condition: cabc.Callable[[], t.Any], what: str) -> None:
 
 def welcome(p: Probe, message: str = "next", sid: str = "s") -> Started:
     """The session takes a message, as soon as what was before is cleaned up."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + 3 * PATIENCE
     while True:
         try:
             return p.start(message, sid)
@@ -121,7 +121,11 @@ def welcome(p: Probe, message: str = "next", sid: str = "s") -> Started:
 
 def assert_well(p: Probe, sid: str = "s") -> None:
     """It takes a message and answers, and every turn of the log has ended once."""
-    assert p.finish(welcome(p, sid=sid)).data["status"] == "completed"
+    last = p.finish(welcome(p, sid=sid))
+    while last.data["status"] != "completed":
+        # On a busy machine a commit may take longer than a short lease.
+        assert p.caps.worker_lease == LEASE and last.seq is None, last
+        last = p.finish(welcome(p, sid=sid))
     log = p.log(sid)
     begun = [event.turn_id for event in log if event.type == "turn_begin"]
     ends = collections.Counter(event.turn_id for event in log if event.type in ENDS)
@@ -148,7 +152,7 @@ def test_a_late_answer_of_the_store_about_one_turn_harms_no_later_one(probe: Mak
             hung.stand()
         return good(batches)
 
-    p = probe(script)
+    p = probe(script, worker_lease=LEASE)
     p.store.faults["append"] = hang
     first = p.start("one")
     hung.meet()
@@ -174,7 +178,10 @@ def test_a_late_end_of_one_turn_is_not_the_end_of_the_next(probe: Make) -> None:
             hung.stand()
         return good(claim, finish)
 
-    p = probe(lambda a, r, s: until_stopped(a, r, s) if r.message == "two" else say_ok(a, r, s))
+    p = probe(
+        lambda a, r, s: until_stopped(a, r, s) if r.message == "two" else say_ok(a, r, s),
+        worker_lease=LEASE,
+    )
     p.store.faults["finish"] = hang
     first = p.start("one")
     hung.meet()
@@ -204,14 +211,20 @@ def test_a_turn_whose_claim_is_lost_ends_and_can_be_ended(probe: Make, way: str)
 
 def test_a_turn_that_only_the_store_knows_is_ended(probe: Make) -> None:
     """Whatever went wrong with it: its worker lives, and would hold the session for ever."""
-    p = probe()
+    p = probe(
+        lambda a, r, s: until_stopped(a, r, s) if r.message == "long" else say_ok(a, r, s),
+        worker_lease=LEASE,
+    )
     p.run("before")
-    worker = p.pool._runner.worker
+    p.start("long", "other")
+    (mine,) = p.store.active(p.key("other"))
+    worker = mine.worker
     row = together.TurnRow("t-forgotten", "lost", 0, 1.0, worker)
     opening = Draft("turn_begin", {"message": "lost", "images": 0})
     p.store.claim(p.key(), row, opening, 1.0)
     assert_well(p)
     assert "lost" in [m["content"] for m in p.store.history(p.key()).messages]
+    assert p.pool.cancel(p.key("other")) == 1
 
 
 # -- what cannot be stored ---------------------------------------------------------------------
@@ -369,7 +382,7 @@ PROGRAMMING = sqlalchemy.exc.ProgrammingError("SELECT 1", {}, Exception("no such
 def test_an_error_of_the_store_that_passes_costs_the_turn_nothing(
     probe: Make, error: Exception
 ) -> None:
-    p = probe(worker_lease=10.0)
+    p = probe()
     p.store.fails("finish", error, times=1)
     last = p.run("one")
     assert (last.data["status"], last.extra["reply"]) == ("completed", "ok")
@@ -380,7 +393,7 @@ def test_an_error_of_the_store_that_passes_costs_the_turn_nothing(
 def test_an_end_that_cannot_be_stored_for_a_whole_lease_is_made_up_for(
     probe: Make, error: Exception
 ) -> None:
-    p = probe()
+    p = probe(worker_lease=LEASE)
     p.store.fails("finish", error)
     last = p.run("one")
     assert last.seq is None, "it is in no log yet"
@@ -397,7 +410,7 @@ def test_a_commit_whose_answer_was_lost_keeps_its_outcome(probe: Make) -> None:
         del p.store.faults["finish"]
         raise StoreUnavailable
 
-    p = probe(worker_lease=10.0)
+    p = probe()
     p.store.faults["finish"] = commit
     last = p.run("one")
     assert (last.data["status"], last.seq) == ("completed", p.log()[-1].seq)
@@ -481,6 +494,24 @@ def test_one_session_whose_events_the_store_refuses_holds_up_no_other(probe: Mak
 # -- numbers of tokens -------------------------------------------------------------------------
 
 
+def test_a_mistake_at_the_very_end_costs_one_turn(stores: cabc.Callable[[], Store]) -> None:
+    class Failing(Observer):
+        failed = False
+
+        def ended(self, *told: t.Any) -> None:
+            if not self.failed:
+                self.failed = True
+                raise RuntimeError("a mistake of ours")
+
+    p = Probe(say_ok, store=stores(), observer=Failing())
+    try:
+        assert p.run("one").extra["error"]["code"] == "internal_error"
+        assert_well(p)
+        assert p.pool.counts()["slots"] == 0
+    finally:
+        p.pool.drain(grace=2)
+
+
 @pytest.mark.parametrize("count", [-100, True, 10**30, 10**4298, 1.5, "5", None, 2**53 + 1])
 def test_what_is_no_number_of_tokens_is_not_counted(probe: Make, count: t.Any) -> None:
     usage = {"prompt_tokens": count, "completion_tokens": 3}
@@ -518,7 +549,7 @@ class Counting(Observer):
 @pytest.fixture
 def counted(stores: cabc.Callable[[], Store]) -> cabc.Iterator[tuple[Probe, Counting]]:
     seen = Counting()
-    p = Probe(say_ok, store=Faulty(stores()), observer=seen, worker_lease=LEASE)
+    p = Probe(say_ok, store=Faulty(stores()), observer=seen)
     yield p, seen
     p.store.faults.clear()
     p.pool.drain(grace=2)
@@ -553,7 +584,7 @@ def test_a_session_that_cannot_be_deleted_stands_in_no_others_way(
 
 
 def test_old_sessions_go_though_the_oldest_cannot(stores: cabc.Callable[[], Store]) -> None:
-    p = Probe(say_ok, store=stores(), conversation_ttl=3600.0, worker_lease=LEASE)
+    p = Probe(say_ok, store=stores(), conversation_ttl=3600.0)
     try:
         good = p.agents.forget
 
@@ -583,7 +614,7 @@ def test_a_lost_turn_whose_log_cannot_be_read_ends_all_the_same(probe: Make) -> 
         opening = Draft("turn_begin", {"message": "lost", "images": 0})
 
         def events(good: t.Any, key: SessionKey, *args: t.Any, **options: t.Any) -> t.Any:
-            if key.id == "a" and "agentao-aside" in threading.current_thread().name:
+            if key.id == "a":
                 raise ValueError("damaged")
             return good(key, *args, **options)
 

@@ -333,6 +333,11 @@ def test_a_reader_that_leaves_wakes_no_other(
     started = p.start()
     pairs = [socket.socketpair() for _ in looked]
     ready, gone = threading.Semaphore(0), threading.Semaphore(0)
+    readers: list[Reader] = []
+
+    def heard() -> bool:
+        """The turn has said its one word, and everybody has it."""
+        return all(reader.cursor == started.live.head for reader in readers)
 
     def read(n: int) -> None:
         def dismissed() -> bool:
@@ -350,6 +355,7 @@ def test_a_reader_that_leaves_wakes_no_other(
             sock=pairs[n][0],
             dismissed=dismissed,
         )
+        readers.append(reader)
         with reader:
             while not reader.left:
                 reader.read(limit=100, max_bytes=10**6)
@@ -361,8 +367,7 @@ def test_a_reader_that_leaves_wakes_no_other(
         thread.start()
     for _ in looked:
         assert ready.acquire(timeout=PATIENCE)
-    # The turn has said its one word, and everybody has heard it.
-    until(lambda: started.live.head == all_heard(started.live), "not heard")
+    until(heard, "not heard")
     before = list(looked)
     for n in range(20):
         pairs[n][1].close()
@@ -377,11 +382,6 @@ def test_a_reader_that_leaves_wakes_no_other(
     for pair in pairs:
         pair[0].close()
     p.pool.cancel(p.key())
-
-
-def all_heard(live: Live) -> int:
-    """The last number that every reader has seen."""
-    return min(t.cast(int, reader.cursor) for reader in list(live._readers))
 
 
 def until(condition: cabc.Callable[[], bool], what: str) -> None:

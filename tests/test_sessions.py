@@ -1160,7 +1160,7 @@ def test_the_end_of_a_queued_turn_that_cannot_be_stored_is_told_once_and_stored_
         stage.publish(Draft("llm_text", {"chunk": "before"}))
         assert goes_on.wait(PATIENCE)
 
-    p = probe(script, store=store, worker_lease=1.0)
+    p = probe(script, store=store, worker_lease=4.0)
     first, queued = one_behind_another(p)
     assert queued.turn is not None
     store.away.set()

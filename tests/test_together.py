@@ -744,7 +744,7 @@ def test_a_turn_the_store_could_not_end_is_ended_when_it_is_back(
     crew: Crew, committed: bool
 ) -> None:
     """With its true outcome, if the commit had gone through and only the answer was lost."""
-    (one,) = crew(say_ok, worker_lease=1.0)
+    (one,) = crew(say_ok, worker_lease=4.0)
     good = one.store.finish
 
     def finish(*args: t.Any) -> t.NoReturn:
