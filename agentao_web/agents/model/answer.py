@@ -139,13 +139,13 @@ class Answer:
             self.take(chunk, kind)
         elif kind == "error":
             raise Refused(line)
-        # Anything else says nothing: an empty event, a ping, null, a list.
+        # Anything else has no content: an empty event, a ping, null, a list.
         return False
 
     def take_complete(self, completion: dict[str, t.Any]) -> None:
         """Take an answer that came in one piece."""
         self.take(completion)
-        # It needs no finish reason to be known as complete.
+        # JSON that can be read is complete, with or without a finish reason.
         if self.heard and self.finish is None:
             self.finish = STOP
 
@@ -209,7 +209,7 @@ class Answer:
     def _take_delta(self, delta: dict[str, t.Any]) -> None:
         content = delta.get("content")
         if len(delta) == 1 and isinstance(content, str):
-            # Nearly all there are.
+            # Nearly every delta is this.
             if content:
                 self._say(content)
             return
@@ -228,7 +228,7 @@ class Answer:
         for name in CARRIED:
             if value := delta.get(name):
                 _carry(self._carried, name, value)
-                # The same text as above, except where it is the only one.
+                # It repeats the text of the fields above, unless they are missing.
                 thought = thought or (value if isinstance(value, list) else None)
         if thought:
             self._take_parts(thought, self._acc.add_reasoning)
@@ -263,7 +263,7 @@ class Answer:
             self._half = text[-1]
             text = text[:-1]
         if text:
-            # First what is kept, then who hears of it.
+            # Kept before anybody hears of it, who may shorten what is kept.
             self._acc.content_parts.append(text)
             if self._on_text is not None:
                 self._on_text(text)

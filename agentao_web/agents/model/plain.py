@@ -70,7 +70,7 @@ def address(base_url: str, api_key: str) -> dict[str, t.Any]:
     parts = urllib.parse.urlsplit(base_url)
     query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
     options: dict[str, t.Any] = {}
-    # The whole address of the method is what Azure's portal shows to copy.
+    # Azure's portal shows the address with the method at its end.
     path = parts.path.rstrip("/").removesuffix("/chat/completions")
     if query or path != parts.path.rstrip("/"):
         options["base_url"] = urllib.parse.urlunsplit(parts._replace(path=path, query=""))
@@ -89,7 +89,7 @@ class Plainly:
     def __init__(self, sdk: openai.OpenAI) -> None:
         self._sdk = sdk
         self.repairs: list[Repair] = []
-        """What its requests need: it refused one without, and took it with."""
+        """Applied to every request: the provider refused one, and accepted it with these."""
 
     def __getattr__(self, name: str) -> t.Any:
         return getattr(self._sdk, name)
@@ -108,7 +108,7 @@ class Plainly:
 
 
 class Completions:
-    """Agentao's adapter for Chat Completions, reading by ourselves."""
+    """Agentao's adapter for Chat Completions, with a reader of our own."""
 
     def __init__(
         self, adapter: t.Any, owner: t.Any, call_timeout: httpx2.Timeout, logger: logging.Logger
@@ -171,7 +171,7 @@ class Completions:
         options: dict[str, t.Any],
         stopped: cabc.Callable[[], bool],
     ) -> httpx2.Response:
-        """The response to *request*, or to what its provider takes of it."""
+        """The response to *request*, repaired if its provider refuses it as it is."""
         client: Plainly = self._owner.client
         body = request | (request.get("extra_body") or {})
         body.pop("extra_body", None)
@@ -190,7 +190,7 @@ class Completions:
                 body = known[0].cure(body)
             else:
                 if not stopped():
-                    # It was taken like this, so it has to be like this.
+                    # It was accepted with these repairs, so later ones get them at once.
                     client.repairs.extend(tried)
                 return response
 
@@ -201,7 +201,7 @@ class Completions:
             _read_all(response, answer, stopped)
         except _BROKEN as exc:
             if answer.complete or stopped():
-                # What follows the end of an answer does not matter.
+                # The answer had ended, or nobody wants it any longer.
                 return
             if isinstance(exc, Refused) and str(exc.error.get("code")).lower() in FILTERED:
                 answer.finish = CONTENT_FILTER

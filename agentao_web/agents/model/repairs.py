@@ -1,4 +1,4 @@
-"""What some providers refuse in a request, and the request without it.
+"""Requests that some providers refuse, and how each is repaired.
 
 Knows request bodies and words of refusals; must never know HTTP or agents.
 """
@@ -13,7 +13,7 @@ from agentao_web.agents.model.answer import CARRIED
 
 Body = dict[str, t.Any]
 
-#: Words of a refusal that say a field is not known. It names the field beside them.
+#: Words for a field that is not known. A refusal has one of them beside the name of the field.
 _UNKNOWN: t.Final = (
     "unrecognized",
     "unknown",
@@ -77,11 +77,11 @@ def with_reasoning(body: Body) -> Body:
 REPAIRS: t.Final = (
     # Azure until 2024-08, Groq and one-api of the time, old vLLM.
     Repair("stream_options", (*_UNKNOWN, "invalid"), without("stream_options")),
-    # Agentao sends "auto", which is what it is without.
+    # Agentao sends "auto", which is the default.
     Repair("tool_choice", _UNKNOWN, without("tool_choice")),
-    # DeepSeek, when a turn had no thoughts.
+    # DeepSeek, if an answer in the history came without thoughts.
     Repair("reasoning_content", ("missing",), with_reasoning),
-    # Groq, Cerebras and Mistral, after a change of model.
+    # Groq, Cerebras and Mistral, after the model was changed.
     Repair("reasoning_content", _UNKNOWN, without_in_messages("reasoning_content")),
     *(
         Repair(name, _UNKNOWN, without_in_messages(name))
