@@ -88,6 +88,13 @@ def ended(web: Web, sid: str = "s") -> list[tuple[str, str | None]]:
     return [(e["data"]["status"], e["data"]["reason"]) for e in ends]
 
 
+def _until_idle(web: Web) -> None:
+    until = time.monotonic() + 300
+    while web.client.get("/session/s", headers=web.headers()).json["state"] != "idle":
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 def said(body: dict[str, t.Any], role: str = "user") -> list[str]:
     """What a request has of *role*: its last line, as Agentao puts reminders before."""
     found = []
@@ -881,8 +888,7 @@ def test_a_short_wait_is_obeyed_and_can_be_cancelled(web: Make, model: ModelServ
     w.post("go")
     model.wait_for_request(3)
     w.cancel()
-    while w.client.get("/session/s", headers=w.headers()).json["state"] != "idle":
-        time.sleep(0.01)
+    _until_idle(w)
     assert ended(w)[-1] == ("cancelled", "cancelled_by_user")
     assert w.ask("say fine")["reply"] == "fine"
     assert len(model.requests) == 4
@@ -935,19 +941,14 @@ def test_a_flood_is_stopped_before_it_fills_the_memory(
     before = _resident()
 
     w.post("go")
-    while not (page := _page(w))["messages"][-1].get("turn_status") == "incomplete":
-        time.sleep(0.05)
+    _until_idle(w)
 
     assert _resident() - before < 150 * 2**20
     assert ended(w)[-1] == TOO_MUCH
+    page = w.client.get("/session/s/messages", headers=w.headers()).json
     assert sum(len(entry.get("content", "")) for entry in page["messages"]) < 2**22 + 1000
     model.wait_closed(model.requests[1])
     assert w.ask("say fine")["reply"] == "fine"
-
-
-def _page(web: Web) -> dict[str, t.Any]:
-    found = web.client.get("/session/s/messages", headers=web.headers()).json
-    return t.cast(dict[str, t.Any], found)
 
 
 def test_a_page_of_messages_is_never_larger_than_it_should_be(
@@ -1009,6 +1010,12 @@ def _anthropic(then: cabc.Callable[[Line], None]) -> Reply:
     return _headers_first(answer)
 
 
+def _anthropic_calls(line: Line) -> None:
+    for n in itertools.count(2):
+        block = {"type": "tool_use", "id": "", "name": "", "input": {}}
+        _event(line, "content_block_start", index=n, content_block=block)
+
+
 def _anthropic_arguments(line: Line) -> None:
     while True:
         delta = {"type": "input_json_delta", "partial_json": '{"file_path": "a", ' + "x" * 500}
@@ -1041,6 +1048,7 @@ def _responses_arguments(line: Line) -> None:
         ("anthropic-messages", _anthropic(_end), CUT),
         ("anthropic-messages", _anthropic(_hang), CUT),
         ("anthropic-messages", _anthropic(_anthropic_arguments), TOO_MUCH),
+        ("anthropic-messages", _anthropic(_anthropic_calls), TOO_MUCH),
         ("openai-responses", _responses(_hang_up), CUT),
         ("openai-responses", _responses(_reset_later), CUT),
         ("openai-responses", _responses(_end), CUT),

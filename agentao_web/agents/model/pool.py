@@ -32,7 +32,8 @@ from agentao_web.agents.model.sockets import Patience
 from agentao_web.agents.model.sockets import Transport
 
 _WRITE_SECONDS = 30.0
-#: Agentao waits no longer than this before it asks again, and not for less if it was not told when.
+#: Agentao waits no longer than this before it asks again. If it was not told when, it begins with
+#: the second number, and doubles it.
 _LONGEST_WAIT = 60.0
 _FIRST_WAIT = 7.5
 #: The size of a window that nobody has set, and that is not told: Agentao's own.
@@ -450,7 +451,9 @@ class _Wire:
         meter = self._owner.meter
         left = meter.time_left() if meter is not None else None
         most = _LONGEST_WAIT if left is None else min(_LONGEST_WAIT, left)
-        return (_FIRST_WAIT if wait is None else wait) <= most
+        if wait is None:
+            wait = min(_FIRST_WAIT * 2 ** (self.failed - 1), _LONGEST_WAIT)
+        return wait <= most
 
 
 class _Listening:
@@ -505,6 +508,8 @@ class _Calls(dict[t.Any, t.Any]):
         self._room = room
 
     def __setitem__(self, key: t.Any, value: dict[str, t.Any]) -> None:
+        # Each counts, an empty one too: there may be any number of them.
+        self._room(json.dumps(value, default=str))
         grown = _Growing(self._room)
         grown.update(value)
         super().__setitem__(key, grown)
