@@ -541,7 +541,10 @@ def healthz(parts: Parts) -> Response:
     responses={200: "Ok", 503: "NotReady"},
 )
 def readyz(parts: Parts) -> Response:
-    why = parts.machinery.readiness.why_not()
+    try:
+        why = parts.machinery.readiness.why_not()
+    except Draining as exc:
+        why = exc  # It was shut down before it was ever used.
     if why is None:
         return jsonify(ok=True)
     response = _in_order({"ok": False, **why.as_dict()})

@@ -217,6 +217,16 @@ def test_a_worker_that_drains_says_so_while_its_turns_end(make: cabc.Callable[..
     assert client.get("/readyz").json["code"] == "draining"
 
 
+def test_a_worker_that_was_never_used_leaves_too(make: cabc.Callable[..., Flask]) -> None:
+    app = make()
+    shutdown(app, grace=1)
+    shutdown(app, grace=1)
+    client = app.test_client()
+    assert client.get("/readyz").json["ok"] is False
+    refused = client.post("/chat/s", json={"message": "hi"}, headers=ASK)
+    assert (refused.status_code, refused.json["code"]) == (503, "draining")
+
+
 def test_the_answer_is_as_the_contract_says(make: cabc.Callable[..., Flask]) -> None:
     app = make()
     client = app.test_client()
