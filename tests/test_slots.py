@@ -13,6 +13,7 @@ from agentao_web.slots import StreamSlots
 from agentao_web.testing import Gate
 from agentao_web.testing import pause
 from agentao_web.testing import say
+from tests.patience import PATIENCE
 from tests.test_views import Make
 from tests.test_views import Web
 from tests.test_views import assert_error
@@ -48,14 +49,14 @@ def test_of_many_threads_only_so_many_get_one() -> None:
     got: list[t.Any] = []
 
     def take() -> None:
-        start.wait(20)
+        start.wait(PATIENCE)
         got.append(slots.take())
 
     threads = [threading.Thread(target=take) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(PATIENCE)
     assert sum(slot is not None for slot in got) == 5 == slots.taken
 
 
