@@ -31,6 +31,8 @@ import threading
 import time
 import typing as t
 
+from tests.patience import PATIENCE
+
 Delta = dict[str, t.Any]
 
 _CLOSED = select.POLLRDHUP | select.POLLHUP | select.POLLERR
@@ -333,18 +335,18 @@ class ModelServer:
         """How many connections are open now, idle ones included."""
         return len(self._open)
 
-    def wait_for_request(self, n: int, timeout: float = 10.0) -> Request:
+    def wait_for_request(self, n: int, timeout: float = PATIENCE) -> Request:
         """The *n*-th request, counted from 1, when it has arrived."""
         self._wait(lambda: len(self.requests) >= n, timeout, f"no request number {n}")
         return self.requests[n - 1]
 
-    def wait_closed(self, request: Request, timeout: float = 10.0) -> float:
+    def wait_closed(self, request: Request, timeout: float = PATIENCE) -> float:
         """Wait until the client has hung up on *request*; the seconds that took."""
         start = time.monotonic()
         self._wait(lambda: request.closed_at is not None, timeout, "the client is still there")
         return max(0.0, t.cast(float, request.closed_at) - start)
 
-    def wait_finished(self, request: Request, timeout: float = 10.0) -> None:
+    def wait_finished(self, request: Request, timeout: float = PATIENCE) -> None:
         self._wait(lambda: request.finished, timeout, "the answer is not complete")
 
     def _wait(self, done: cabc.Callable[[], bool], timeout: float, complaint: str) -> None:

@@ -16,6 +16,7 @@ from agentao_web.slots import StreamSlots
 from agentao_web.testing import Gate
 from agentao_web.testing import pause
 from agentao_web.testing import say
+from tests.patience import PATIENCE
 from tests.test_views import Make
 from tests.test_views import Web
 from tests.test_views import assert_error
@@ -53,7 +54,7 @@ def test_of_many_threads_only_so_many_get_one() -> None:
     got: list[Slot] = []
 
     def take() -> None:
-        start.wait(20)
+        start.wait(PATIENCE)
         with contextlib.suppress(NoPlace):
             got.append(slots.take())
 
@@ -61,7 +62,7 @@ def test_of_many_threads_only_so_many_get_one() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(PATIENCE)
     assert len(got) == 5 == slots.taken
 
 

@@ -34,6 +34,7 @@ from agentao_web.testing import say
 from agentao_web.testing import scripted
 from agentao_web.testing import use
 from agentao_web.views import ROUTES
+from tests.patience import PATIENCE
 
 KEY = "a-test-key-of-some-length"
 TOKENS = Tokens([KEY])
@@ -508,7 +509,7 @@ def test_two_tenants_and_users_with_one_session_id_never_meet(web: Make) -> None
             {"message": f"secret {n}"},
             who=who,
             Accept="application/json",
-            Prefer="wait=9",
+            Prefer="wait=50",
         )
     for n, who in enumerate(people):
         text = w.get("/session/s/messages", who=who).get_data(as_text=True)
@@ -645,7 +646,7 @@ def test_an_old_session_goes_with_its_own_folder(web: Make) -> None:
     (folder / "notes.txt").write_text("mine")
     pool = pool_of(w.app)
     pool.tick(pool.clock() + 3700)
-    until = time.monotonic() + 20
+    until = time.monotonic() + PATIENCE
     while w.get("/session/s").status_code == 200 or pool.store.session(pool_key()) is not None:
         assert time.monotonic() < until, "still there"
     assert not folder.exists()
@@ -846,7 +847,7 @@ def test_names_never_leave_the_root(web: Make, tmp_path: t.Any, tenant: str) -> 
     w = web(workspace="session")
     who = Principal(tenant, tenant)
     response = w.post(
-        "/chat/s", {"message": "hi"}, who=who, Accept="application/json", Prefer="wait=9"
+        "/chat/s", {"message": "hi"}, who=who, Accept="application/json", Prefer="wait=50"
     )
     assert response.json["status"] == "completed"
     folder = w.agents.agents[0].transport._workspace

@@ -42,7 +42,7 @@ _MARGIN, _GLANCE = 10.0, 0.3
 #: Seconds an answer may take that waits for nothing.
 _PATIENCE: t.Final = 30.0
 #: Seconds by which the middle event may come later than the fastest, and still be a stream.
-_LATE: t.Final = 0.2
+_LATE: t.Final = 0.4
 #: Seconds a model has to talk for that to be seen.
 _LONG_ENOUGH: t.Final = 0.5
 #: Seconds without a line that are silence.

@@ -27,6 +27,7 @@ from agentao_web.core.log import Event
 from agentao_web.wire import native
 from agentao_web.wire import openapi
 from docs import build
+from tests.patience import PATIENCE
 
 SSE = {"Content-Type": "text/event-stream; charset=utf-8"}
 #: Characters that end a line elsewhere, but not in SSE.
@@ -50,7 +51,7 @@ class Pieces(httpx.SyncByteStream):
 
 def client_of(handler: t.Callable[[httpx.Request], httpx.Response], **options: t.Any) -> api.Client:
     http = httpx.Client(transport=httpx.MockTransport(handler))
-    return api.Client("http://test", http=http, **{"patience": 5.0, **options})
+    return api.Client("http://test", http=http, **{"patience": PATIENCE, **options})
 
 
 def a_turn(chunks: cabc.Iterable[str]) -> list[Event]:
@@ -119,7 +120,7 @@ def test_a_stream_may_be_quiet_for_longer_than_patience_lasts() -> None:
 
     def quiet() -> cabc.Iterator[bytes]:
         yield native.frames(events[:1])
-        time.sleep(0.6)  # Longer than its patience is the point.
+        time.sleep(3.2)  # Longer than its patience is the point.
         yield native.KEEP_ALIVE
 
     def serve(request: httpx.Request) -> httpx.Response:
@@ -128,7 +129,7 @@ def test_a_stream_may_be_quiet_for_longer_than_patience_lasts() -> None:
             return httpx.Response(200, headers=SSE, content=native.frames(events[1:]))
         return httpx.Response(200, headers=SSE, stream=Pieces(quiet(), httpx.ReadError("cut")))
 
-    assert client_of(serve, patience=0.5).ask("s", "m").text == "x"
+    assert client_of(serve, patience=3.0).ask("s", "m").text == "x"
     assert asked == ["POST", "GET", "GET"]
 
 
@@ -413,5 +414,5 @@ def test_threads_may_share_a_client(app: Flask) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE)
     assert len(replies) == 4

@@ -26,7 +26,7 @@ ENV = {
     "AGENTAO_METRICS_TOKEN": TOKEN,
     "AGENTAO_LOG": "json",
     "AGENTAO_DRAIN_GRACE": "2",
-    "AGENTAO_WORKER_LEASE": "1.5",
+    "AGENTAO_WORKER_LEASE": "5",
 }
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -133,7 +133,7 @@ def test_results_of_tools_are_found_for_earlier_messages_too(
     server.client.post(f"/test/gate/{fresh}").raise_for_status()
     for message in (f"tool {fresh}", *("hello",) * 25, f"tool {fresh}"):
         server.client.post(
-            "/chat/s", json={"message": message}, headers={**headers, "Prefer": "wait=30"}
+            "/chat/s", json={"message": message}, headers={**headers, "Prefer": "wait=50"}
         ).raise_for_status()
     tab = browse(who=fresh).open(hash="s")
     for number in (-1, 0):
@@ -151,7 +151,7 @@ def test_a_long_chat_shows_what_came_before(browse: Opened, server: Server, fres
         server.client.post(
             "/chat/s",
             json={"message": f"message {number}"},
-            headers={**headers, "Prefer": "wait=30"},
+            headers={**headers, "Prefer": "wait=50"},
         ).raise_for_status()
     tab = browse(who=fresh).open(hash="s")
     expect(tab.page.locator(".turn")).to_have_count(25)

@@ -45,7 +45,7 @@ def test_a_picture_of_the_page(
     headers = {"Authorization": f"Bearer {token(user=fresh)}", "Accept": "application/json"}
     for number, message in enumerate(EARLIER):
         server.client.post(
-            f"/chat/s{number}", json={"message": message}, headers={**headers, "Prefer": "wait=30"}
+            f"/chat/s{number}", json={"message": message}, headers={**headers, "Prefer": "wait=50"}
         ).raise_for_status()
     tab = browse(who=fresh, **options).open()
     (message,) = scripts.PICTURED

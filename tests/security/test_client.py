@@ -20,6 +20,7 @@ from agentao_web.client import NotOurs
 from agentao_web.client import TurnFailed
 from agentao_web.client import Unavailable
 from agentao_web.client import api
+from tests.patience import PATIENCE
 
 Script = cabc.Callable[["Request"], None]
 SECRET = "the-secret-token"
@@ -224,7 +225,7 @@ def test_an_event_without_an_end_is_given_up(
 
     with server.client(script) as client, pytest.raises(NotOurs, match="does not end"):
         client.ask("s", "x")
-    assert gone.wait(20)
+    assert gone.wait(PATIENCE)
 
 
 def test_many_events_may_be_more_than_one(server: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:

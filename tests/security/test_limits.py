@@ -458,7 +458,7 @@ def test_turns_at_once_never_set_aside_more_than_there_is(web: Make, model: Mode
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert len(bodies) == 24
     assert {b.get("status", b.get("code")) for b in bodies} <= {
         "completed",

@@ -20,6 +20,7 @@ from agentao_web.agents.quota import book_of
 from agentao_web.agents.quota import usage
 from agentao_web.agents.workspaces import Workspaces
 from agentao_web.core.names import SessionKey
+from tests.patience import PATIENCE
 from tests.security.test_shell import Web
 from tests.security.test_shell import model
 from tests.security.test_shell import web
@@ -137,7 +138,7 @@ def test_threads_and_workers_share_one_limit(root: Path) -> None:
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(60)
+        writer.join(PATIENCE)
     assert [w.exitcode for w in writers if not isinstance(w, threading.Thread)] == [0, 0]
     found = usage(root, most=1000)
     assert 9000 <= found.size <= BYTES
