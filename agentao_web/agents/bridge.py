@@ -7,8 +7,11 @@ at construction (notes: "never assign agent.transport"). What turn it serves cha
 from __future__ import annotations
 
 import collections.abc as cabc
+import hashlib
 import itertools
+import json
 import logging
+import os
 import typing as t
 
 from agentao import Agentao
@@ -41,6 +44,10 @@ RESULT_LIMIT: t.Final = 4096
 TEXT_LIMIT: t.Final = 16_384
 _DEPTH_LIMIT: t.Final = 6
 _ITEMS_LIMIT: t.Final = 64
+_NAME_LIMIT: t.Final = 256
+#: Tools that write the file their file_path leads to. (Of a command agentao itself keeps the folder
+#: that was asked about.)
+_WRITERS: t.Final = ("write_file", "replace")
 _CHOICE_LIMIT: t.Final = 1024
 
 #: Agentao's words for a turn without a whole answer that are shown as they are.
@@ -107,6 +114,7 @@ class Bridge:
         self._approvals = Approvals(approved)
         self._confirming: str | None = None
         self._asked: set[str] = set()
+        self._targets: dict[str, list[str]] = {}
         # What is said, and thought, comes in pieces: type and field of their events.
         self._said = {kind: Pieces(workspace) for kind in _IN_PIECES}
         self._model = ""
@@ -128,6 +136,7 @@ class Bridge:
         self.cut_down = self.images_removed = False
         self.filtered = False
         self._approvals.begin()
+        self._targets = {}
         self._numbers = itertools.count(1)
         self._stage = stage
         self._meter.attach(stage)
@@ -196,6 +205,8 @@ class Bridge:
         if stage is None:
             return False
         shown = self.plain(args)
+        # Before it is asked: what leads elsewhere by the time it runs was not approved.
+        target = self._target(tool_name, args)
         # What is gated is asked for one call only (agentao/transport/confirmation.py).
         spans = list(SPANS) if gate_note() is None and rememberable(tool_name, args, shown) else []
         data = {
@@ -203,20 +214,42 @@ class Bridge:
             "tool": self.text(tool_name, 128),
             "description": self.text(description, RESULT_LIMIT),
             "args": shown,
-            "truncated": not _fits(args),
+            "truncated": not (
+                _fits(args) and len(tool_name) <= 128 and len(description) <= RESULT_LIMIT
+            ),
             "remember": spans,
         }
         if spans and (span := self._approvals.covers(tool_name, shown)):
             stage.approved(data, f"an approval for this {span}")
+            self._bind(tool_name, args, target)
             return True
         question = stage.ask("tool_confirmation", data)
         if question.outcome == "approved":
             if (span := question.answer.get("remember")) in spans:
                 self._approvals.add(span, tool_name, shown)
+            self._bind(tool_name, args, target)
             return True
         if question.outcome == "expired":
             record_decline(APPROVAL_UNAVAILABLE)
         return False
+
+    def approved_target(self, tool: str, args: dict[str, t.Any]) -> str | None:
+        """The file an approved call of a tool was about to write; None if nobody was asked."""
+        try:
+            return self._targets[_call(tool, args)].pop(0)
+        except (KeyError, IndexError):
+            return None
+
+    def _target(self, tool: str, args: dict[str, t.Any]) -> str | None:
+        """The real path a call is about, as it is now."""
+        path = args.get("file_path") if tool.rpartition("] ")[2] in _WRITERS else None
+        if not isinstance(path, str) or "\0" in path:
+            return None
+        return os.path.realpath(os.path.join(self._workspace, path))
+
+    def _bind(self, tool: str, args: dict[str, t.Any], target: str | None) -> None:
+        if target is not None:
+            self._targets.setdefault(_call(tool, args), []).append(target)
 
     def ask_user(
         self,
@@ -279,11 +312,19 @@ class Bridge:
 
     def plain(self, value: t.Any, depth: int = 0) -> t.Any:
         """*value* as bounded JSON: what is no JSON becomes text."""
+        if isinstance(value, int) and abs(value) >= 2**53:
+            # A browser rounds it.
+            return self.text(_digits(value), RESULT_LIMIT)
         if value is None or isinstance(value, int | float):
             return clean.plain(value)
         if isinstance(value, cabc.Mapping) and depth < _DEPTH_LIMIT:
-            items = itertools.islice(value.items(), _ITEMS_LIMIT)
-            return {self.text(k, 256): self.plain(v, depth + 1) for k, v in items}
+            shown: dict[str, t.Any] = {}
+            for number, (k, v) in enumerate(itertools.islice(value.items(), _ITEMS_LIMIT), 1):
+                name = self.text(k, _NAME_LIMIT)
+                # Two names that begin alike are two.
+                name = name if name not in shown else f"{name}… ({number})"
+                shown[name] = self.plain(v, depth + 1)
+            return shown
         if isinstance(value, list | tuple) and depth < _DEPTH_LIMIT:
             return [self.plain(v, depth + 1) for v in value[:_ITEMS_LIMIT]]
         return self.text(value, RESULT_LIMIT)
@@ -371,13 +412,43 @@ class Bridge:
         return Draft(kind, {k: self.plain(data[k]) for k in names if k in data})
 
 
+def _call(tool: str, args: cabc.Mapping[str, t.Any]) -> str:
+    """A call as it was approved: the tool, and a hash of its arguments."""
+    told = json.dumps(args, sort_keys=True, default=repr)
+    return f"{tool.rpartition('] ')[2]} {hashlib.sha256(told.encode()).hexdigest()}"
+
+
+def _digits(value: int) -> str:
+    try:
+        return str(value)
+    except ValueError:
+        return hex(value)
+
+
 def _fits(value: t.Any, depth: int = 0) -> bool:
-    """Whether ``plain`` shows all of *value*."""
+    """Whether ``plain`` shows all of *value*, and as it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**53:
+        return len(_digits(value)) <= RESULT_LIMIT
+    if isinstance(value, cabc.Mapping):
+        for name in value:
+            if not isinstance(name, str) or len(name) > _NAME_LIMIT or not _is_text(name):
+                return False
     if isinstance(value, cabc.Mapping | list | tuple):
         inner = value.values() if isinstance(value, cabc.Mapping) else value
         short = depth < _DEPTH_LIMIT and len(value) <= _ITEMS_LIMIT
         return short and all(_fits(v, depth + 1) for v in inner)
-    return not isinstance(value, str) or len(value) <= RESULT_LIMIT
+    if value is None or isinstance(value, bool | int | float):
+        return True
+    return isinstance(value, str) and len(value) <= RESULT_LIMIT and _is_text(value)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be sent as it is: half of a character is shown as a question mark."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _USAGE: t.Final = (

@@ -29,7 +29,10 @@ from agentao.tools.base import RegistrableTool
 from agentao.tools.base import Tool
 
 from .files import MAX_FILE
+from .files import Approved
 from .files import ConfinedFS
+from .files import bound_to
+from .files import unasked
 from .memory import NoMemory
 from .memory import NoRecall
 from .memory import Recall
@@ -147,6 +150,8 @@ def build_agent(
     )
     for tool in agent.tools.list_tools():
         tool.working_directory = workspace
+        if isinstance(tool, WriteTool | ReplaceTool):
+            tool.approved = getattr(transport, "approved_target", tool.approved)
     agent.memory_retriever = (Recall if memory else NoRecall)(agent.memory_manager)
     agent.messages = list(history)
     agent._session_id = session_id
@@ -197,21 +202,29 @@ class SearchTool(SearchTextTool):
 
 
 class WriteTool(WriteFileTool):
-    """write_file whose refusal names no path of the server."""
+    """write_file whose refusal names no path of the server, and which writes what was approved."""
+
+    approved: Approved = staticmethod(unasked)
 
     def execute(self, **given: t.Any) -> str:  # type: ignore[override]
-        return _OUTSIDE if _leads_out(self, given) else super().execute(**given)
+        if _leads_out(self, given):
+            return _OUTSIDE
+        with bound_to(self.approved(self.name, given)):
+            return super().execute(**given)
 
 
 class ReplaceTool(EditTool):
     """replace, which says no where agentao's own would compare or write for hours."""
+
+    approved: Approved = staticmethod(unasked)
 
     def execute(self, **given: t.Any) -> str:  # type: ignore[override]
         if _leads_out(self, given):
             return _OUTSIDE
         if given.get("replace_all") and self._overflows(**given):
             return "Error editing file: the result would be too large"
-        return super().execute(**given)
+        with bound_to(self.approved(self.name, given)):
+            return super().execute(**given)
 
     def _overflows(
         self, file_path: str, old_text: str, new_text: str, replace_all: bool = False

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import contextlib
+import contextvars
 import errno
 import fnmatch
 import io
@@ -23,6 +24,7 @@ import re
 import secrets
 import stat
 import time
+import typing as t
 import unicodedata
 from pathlib import Path
 
@@ -48,9 +50,33 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _HIDDEN = ".agentao"
 #: What a file system that folds case may pass over: ext4 does (Default_Ignorable_Code_Point).
 _UNSEEN = regex.compile(r"[\p{DI}\p{Cf}\p{Cc}]+")
+#: Controls, marks of direction and what is invisible; and the start of "<U+".
+_UNSAFE = regex.compile(r"(?![\u200c\u200d])[\p{C}\p{Zl}\p{Zp}]|<(?=U\+)")
+_MOVED = (
+    "this path leads to another file than when it was approved, so nothing was written. "
+    "Ask again if it is still wanted"
+)
+#: The file that was approved to be written by the present call, if that was asked.
+_approved: contextvars.ContextVar[str | None] = contextvars.ContextVar("approved", default=None)
 _OUTSIDE = "that path is outside the workspace"
 
 Clock = cabc.Callable[[], float]
+#: The real path that was approved for a call of a tool, by its name and arguments.
+Approved = cabc.Callable[[str, dict[str, t.Any]], "str | None"]
+
+
+def unasked(tool: str, given: dict[str, t.Any]) -> None:
+    """Nobody was asked: the policy lets it run."""
+
+
+@contextlib.contextmanager
+def bound_to(target: str | None) -> cabc.Iterator[None]:
+    """Inside, nothing but the file *target*, a real path, is written; anything if it is None."""
+    before = _approved.set(target)
+    try:
+        yield
+    finally:
+        _approved.reset(before)
 
 
 class BudgetSpent(Exception):
@@ -162,6 +188,9 @@ class ConfinedFS:
 
     def write_text(self, path: Path, data: str, *, append: bool = False) -> None:
         names = self._writable(path)
+        # From here on no link is followed.
+        if _approved.get() not in (None, os.path.join(self._root, *names)):
+            raise PermissionError(_MOVED)
         new = data.encode("utf-8")
         if append and self.exists(path):
             new = self.read_bytes(path) + new
@@ -411,8 +440,13 @@ def _below(root: str, path: str) -> tuple[str, ...]:
 
 
 def _readable(name: str) -> str:
-    """Undecodable bytes of a file name would be lone surrogates: no JSON, no UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """*name* as one piece of one line: what is no visible character in it as ``<U+000A>``.
+
+    A line break would let a name speak to the model as a line of its own. Undecodable bytes would
+    be lone surrogates: no JSON, no UTF-8. Of all others no two look the same.
+    """
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return _UNSAFE.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
 
 
 def _lstat(name: str, parent: int) -> os.stat_result:
@@ -441,8 +475,11 @@ def _plainly(names: tuple[str, ...]) -> cabc.Iterator[None]:
     try:
         yield
     except OSError as error:
-        shown = _readable("/".join(names)) or "."
+        path = "/".join(names)
+        shown = _readable(path) or "."
         text = error.strerror or str(error)
+        if isinstance(error, FileNotFoundError) and "<U+" in path:
+            text = "A name that is shown with <U+…> cannot be used by tools: rename the file"
         raise type(error)(f"{text}: {shown}") from None
 
 
