@@ -220,7 +220,13 @@ class Dialect(t.Protocol):
 
 
 def stream(
-    reader: Reader, wire: Dialect, *, heartbeat: float, lease: float, follow: bool
+    reader: Reader,
+    wire: Dialect,
+    *,
+    heartbeat: float,
+    lease: float,
+    follow: bool,
+    alone: bool = False,
 ) -> cabc.Iterator[bytes]:
     """Everything *reader* gets, encoded, until its end.
 
@@ -228,12 +234,15 @@ def stream(
     everything (unless they *follow*), or after about *lease* seconds with a hint to come back, and
     so does one whose turn waits for a person. A comment goes out after *heartbeat* seconds of
     silence.
+
+    Where nothing is answered beside a stream it is *alone*: then each ends with its lease, and at
+    once when there is nothing to send until somebody else has been heard.
     """
     clock = reader.live.clock
     ends = clock() + lease * random.uniform(0.9, 1.0)
     silent_since = float("-inf")
     with reader:
-        while not reader.over:
+        while not reader.over and not (alone and clock() >= ends):
             events = reader.read(limit=_BATCH, max_bytes=_BATCH_BYTES)
             now = clock()
             if events:
@@ -242,6 +251,8 @@ def stream(
             elif reader.turn_id is None and reader.caught_up and not follow:
                 return
             elif reader.leased and now >= ends:
+                break
+            elif alone and (reader.waits_for_people or (reader.turn is None and reader.caught_up)):
                 break
             elif now - silent_since >= heartbeat:
                 silent_since = now

@@ -30,6 +30,9 @@ DOORS: dict[str, set[str]] = {
     "sessions": {"core", "live", "peers", "questions", "runner", "store"},
     "agents": {"core", "demo"},
     "slots": set(),
+    # Gevent has to patch before anything else of ours is imported.
+    "green": set(),
+    "serving": {"core", "green"},
     "page": set(),
     "views": {
         "auth",
@@ -38,6 +41,7 @@ DOORS: dict[str, set[str]] = {
         "live",
         "page",
         "readers",
+        "serving",
         "sessions",
         "slots",
         "store",
@@ -51,6 +55,7 @@ DOORS: dict[str, set[str]] = {
         "logs",
         "metrics",
         "readers",
+        "serving",
         "sessions",
         "slots",
         "store",
@@ -59,7 +64,7 @@ DOORS: dict[str, set[str]] = {
         "wire",
     },
     "addresses": {"config"},
-    "workers": {"addresses", "config", "extension", "logs"},
+    "workers": {"addresses", "config", "extension", "green", "logs"},
     "doctor": {"agents", "config", "core", "store"},
     # Of the server it knows nothing but the protocol.
     "client": set(),
@@ -86,6 +91,7 @@ ONLY_IN = {
     "flask": {"auth", "cli", "extension", "page", "views"},
     "werkzeug": {"extension", "views"},
     "itsdangerous": {"auth"},
+    "gevent": {"green"},
     "gunicorn": {"workers"},
     "sqlalchemy": {"store"},
     "httpx": {"client"},

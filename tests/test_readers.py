@@ -27,7 +27,6 @@ from tests.pool_fakes import Gate
 from tests.pool_fakes import Probe
 from tests.pool_fakes import until_stopped
 
-
 #: What a watcher may wait with: None is the best there is, the others are what other systems have.
 SELECTORS = [None, selectors.PollSelector, selectors.SelectSelector, selectors.DefaultSelector]
 
