@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import statistics
+import sys
 import time
 import typing as t
 from pathlib import Path
@@ -218,7 +219,7 @@ def _store(case: Case) -> Findings:
 
 
 def _sqlite(settings: Settings, file: Path) -> Findings:
-    kind = filesystem(file, Path("/proc/self/mountinfo").read_text())
+    kind = filesystem(file, _mounts())
     if _NETWORK.match(kind):
         yield wrong(
             "store",
@@ -289,8 +290,16 @@ def _commit_time(store: SqlStore) -> float:
     return statistics.median(times)
 
 
+def _mounts() -> str:
+    """What is mounted; empty on a system that does not say so."""
+    try:
+        return Path("/proc/self/mountinfo").read_text()
+    except FileNotFoundError:
+        return ""
+
+
 def filesystem(path: Path, mountinfo: str) -> str:
-    """The kind of file system *path* is or will be on, by /proc/self/mountinfo."""
+    """The kind of file system *path* is or will be on, by /proc/self/mountinfo; "" if unknown."""
     best, kind = "", ""
     real = os.path.realpath(path)
     for line in mountinfo.splitlines():
@@ -376,6 +385,10 @@ def _threads(case: Case) -> Findings:
 
 
 def _limits(case: Case) -> Findings:
+    if not sys.platform.startswith("linux"):
+        cure = "compare `ulimit -a` with the table of sizes in docs/deploy.md"
+        yield hint("limits", "only Linux shows the limits of a process", cure)
+        return
     proc = Path("/proc") / (str(case.pid) if case.pid else "self")
     whose = f"of process {case.pid}" if case.pid else "of this shell; --pid tells the server's"
     told = (proc / "limits").read_text()
@@ -454,7 +467,7 @@ def _disk(case: Case) -> Findings:
     if there == root and not os.access(root, os.W_OK | os.X_OK):
         cure = f"chown -R agentao-web {root}, and run the doctor as that user"
         yield wrong("disk", f"{root} cannot be written by this user", cure)
-    kind = filesystem(root, Path("/proc/self/mountinfo").read_text())
+    kind = filesystem(root, _mounts())
     if kind in ("tmpfs", "ramfs"):
         cure = "set AGENTAO_ROOT to a disk"
         yield hint("disk", f"{root} is in memory: a restart of the machine empties it", cure)

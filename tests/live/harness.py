@@ -43,8 +43,10 @@ class Server:
         app: str = "wsgi_app:app",
         conf: str | None = str(PROJECT / "gunicorn.conf.py"),
         addresses: int = 0,
+        command: cabc.Sequence[str] = (),
         **env: str,
     ) -> None:
+        """*command* starts another server than gunicorn, with PORT for the number of its port."""
         self.folder = folder
         self.sockets = [folder / "run" / f"{number}.sock" for number in range(addresses)]
         self.upstreams = [f"unix:{path}" for path in self.sockets]
@@ -59,8 +61,11 @@ class Server:
             # Handed down, so that nobody takes the port in between.
             self.port = listener.getsockname()[1]
             listener.set_inheritable(True)
+            other = [word.replace("PORT", str(self.port)) for word in command]
             command = [sys.executable, "-m", "gunicorn", *(("-c", conf) if conf else ())]
-            if addresses == 1:
+            if other:
+                listener.close()
+            elif addresses == 1:
                 # One worker of its own accord has no socket.
                 self.sockets[0].parent.mkdir()
                 command += ["--bind", self.upstreams[0]]
@@ -68,12 +73,12 @@ class Server:
                 command += ["--bind", f"fd://{listener.fileno()}"]
             command += [*args, app]
             self.process = subprocess.Popen(
-                command,
+                other or command,
                 cwd=PROJECT,
                 env=self._environ(env),
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                pass_fds=[listener.fileno()],
+                pass_fds=[] if other else [listener.fileno()],
                 start_new_session=True,
             )
         self.url = f"http://127.0.0.1:{self.port}"
