@@ -18,7 +18,7 @@ GET_SECONDS: t.Final = 5.0
 
 _CURES: t.Final = (
     ("gunicorn", "gunicorn -c python:agentao_web.workers, or add --threads 128"),
-    ("uwsgi", "uwsgi --threads 32 (without threads it runs no turn at all)"),
+    ("uwsgi", "uwsgi --threads 32"),
     ("werkzeug", "flask run, without --without-threads"),
 )
 

@@ -1,7 +1,7 @@
 """Between one Agentao and the turn it runs: events out by allow-list, questions to people.
 
 A bridge is made before its agent and stays its transport for ever: agentao captures the transport
-at construction (notes: "never assign agent.transport"). What turn it serves changes inside.
+at construction, so assigning another one later does nothing. What turn it serves changes inside.
 """
 
 from __future__ import annotations
@@ -413,7 +413,7 @@ class AgentaoAgent:
         return self._outcome(usage)
 
     def _outcome(self, usage: dict[str, int]) -> Outcome:
-        """What ``agent.last_turn`` says, never the text (notes, section 2)."""
+        """What ``agent.last_turn`` says, never the text: that may be empty, or cut."""
         last = self._agent.last_turn
         counts = {"usage": usage, "tool_count": last.tool_count}
         reason = last.incomplete_reason

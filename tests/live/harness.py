@@ -44,9 +44,13 @@ class Server:
         conf: str | None = str(PROJECT / "gunicorn.conf.py"),
         addresses: int = 0,
         command: cabc.Sequence[str] = (),
+        answers: int = 200,
         **env: str,
     ) -> None:
-        """*command* starts another server than gunicorn, with PORT for the number of its port."""
+        """*command* starts another server than gunicorn, with PORT for the number of its port.
+
+        It has started as soon as its health check *answers* with that status.
+        """
         self.folder = folder
         self.sockets = [folder / "run" / f"{number}.sock" for number in range(addresses)]
         self.upstreams = [f"unix:{path}" for path in self.sockets]
@@ -84,7 +88,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = self.at(0) if addresses else self._client()
         try:
-            self._until_alive()
+            self._until_alive(answers)
         except BaseException:
             self.__exit__()
             raise
@@ -113,7 +117,7 @@ class Server:
             **env,
         }
 
-    def _until_alive(self) -> None:
+    def _until_alive(self, answers: int) -> None:
         until = time.monotonic() + PATIENCE
         while True:
             assert self.process.poll() is None, self.log.read_text()
@@ -123,7 +127,7 @@ class Server:
                 time.sleep(0.02)  # Between two looks at another process.
                 continue
             with contextlib.suppress(httpx.TransportError):
-                if self.client.get("/healthz", timeout=2).status_code == 200:
+                if self.client.get("/healthz", timeout=2).status_code == answers:
                     return
             assert time.monotonic() < until, self.log.read_text()
 
