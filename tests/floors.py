@@ -1,6 +1,7 @@
-"""The lowest versions that pyproject.toml allows, as constraints for pip: ``python -m tests.floors``.
+"""The lowest versions that pyproject.toml allows, as constraints for pip.
 
-Of what the package itself needs, with its extras; what only tests need is as new as it gets.
+``python -m tests.floors`` prints them: of what the package itself needs, with its extras. What only
+tests need is as new as it gets.
 """
 
 from __future__ import annotations
@@ -18,15 +19,12 @@ def floors() -> dict[str, str]:
     """Name -> version; RuntimeError for a dependency without one."""
     project: dict[str, t.Any] = tomllib.loads(PYPROJECT.read_text())["project"]
     extras = project["optional-dependencies"]
-    words = [
-        *project["dependencies"],
-        *(w for name in extras if name != "test" for w in extras[name]),
-    ]
+    words = list(project["dependencies"])
+    for name in extras.keys() - {"test"}:
+        words += extras[name]
     found = {}
     for requirement in map(Requirement, words):
-        lowest = [
-            one.version for one in requirement.specifier if one.operator in (">=", "==", "~=")
-        ]
+        lowest = [one.version for one in requirement.specifier if one.operator == ">="]
         if len(lowest) != 1:
             raise RuntimeError(f"pyproject.toml: {requirement} has no lowest version")
         found[requirement.name] = lowest[0]

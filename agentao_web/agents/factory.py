@@ -36,6 +36,7 @@ from agentao_web.agents.shell import Unconfined
 from agentao_web.agents.skills import Skill
 from agentao_web.agents.skills import read_skills
 from agentao_web.agents.tools import Context
+from agentao_web.agents.tested import warn_untested
 from agentao_web.agents.tools import HostTool
 from agentao_web.agents.tools import HostTools
 from agentao_web.agents.tools import ToolsFor
@@ -139,6 +140,7 @@ class AgentaoAgents:
     ) -> None:
         guards.check_agentao()
         llm.check_agentao()
+        warn_untested(log)
         self.workspaces = Workspaces(options.root, options.workspace)
         self.tools = HostTools(tools, context=context, timeout=options.tool_timeout, log=log)
         self._options = options
