@@ -31,6 +31,8 @@ long: $(VENV)/.test debian
 
 # A part of the tests with exactly the lowest versions that pyproject.toml allows.
 FLOORS := $(VENV)-floors
+TOOLS := hypothesis jsonschema openapi-spec-validator opentelemetry-sdk playwright pytest \
+  pytest-xdist PyYAML requests waitress
 floors: $(FLOORS)/.test debian
 	$(FLOORS)/bin/python -m pytest -n 4 --dist worksteal -p no:anyio -m "not long" \
 	  tests/agents tests/client tests/core tests/store tests/test_views.py tests/test_auth.py \
@@ -41,7 +43,8 @@ $(FLOORS)/.test: pyproject.toml tests/floors.py $(VENV)/.test
 	test -x $(FLOORS)/bin/python || $(PYTHON) -m venv $(FLOORS)
 	$(BIN)/python -m tests.floors > $(FLOORS)/floors.txt
 	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint $(FLOORS)/floors.txt --editable '.[test]'
+	  --constraint $(FLOORS)/floors.txt --editable '.[example,gevent,metrics,otel,postgres]' \
+	  $(TOOLS)
 	touch $@
 
 bench: $(VENV)/.test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import tokenize
@@ -40,11 +41,14 @@ def prose(path: Path) -> str:
     if path.suffix != ".py":
         return text
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    return "\n".join(
-        token.string
-        for token in tokens
-        if token.type == tokenize.COMMENT or token.string.startswith('"""')
-    )
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = [
+        ast.get_docstring(node) or ""
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, kinds)
+    ]
+    return "\n".join([*comments, *docstrings])
 
 
 def named(path: Path) -> str:

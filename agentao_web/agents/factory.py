@@ -35,8 +35,8 @@ from agentao_web.agents.shell import Executor
 from agentao_web.agents.shell import Unconfined
 from agentao_web.agents.skills import Skill
 from agentao_web.agents.skills import read_skills
-from agentao_web.agents.tools import Context
 from agentao_web.agents.tested import warn_untested
+from agentao_web.agents.tools import Context
 from agentao_web.agents.tools import HostTool
 from agentao_web.agents.tools import HostTools
 from agentao_web.agents.tools import ToolsFor
