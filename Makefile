@@ -8,7 +8,7 @@ BIND ?= 127.0.0.1:8000
 # BIND= is for both, but their defaults differ.
 SHOP ?= $(if $(filter-out file,$(origin BIND)),$(BIND),127.0.0.1:8001)
 
-.PHONY: run example test check long bench debian node clean
+.PHONY: run example test check long floors bench debian node clean
 
 run: $(VENV)/.run
 	@$(BIN)/agentao-web serve $(DEMO) --bind $(BIND)
@@ -28,6 +28,24 @@ check: $(VENV)/.test debian node
 
 long: $(VENV)/.test debian node
 	$(BIN)/python -m pytest -m long
+
+# A part of the tests with exactly the lowest versions that pyproject.toml allows.
+FLOORS := $(VENV)-floors
+TOOLS := hypothesis jsonschema openapi-spec-validator opentelemetry-sdk playwright pytest \
+  pytest-xdist PyYAML requests waitress
+floors: $(FLOORS)/.test debian
+	$(FLOORS)/bin/python -m pytest -n 4 --dist worksteal -p no:anyio -m "not long" \
+	  tests/agents tests/client tests/core tests/store tests/test_views.py tests/test_auth.py \
+	  tests/test_metrics.py tests/test_traces.py tests/test_real_agents.py tests/test_host_tools.py \
+	  tests/security/test_mcp.py tests/live/test_gunicorn.py tests/live/test_tools.py
+
+$(FLOORS)/.test: pyproject.toml tests/floors.py $(VENV)/.test
+	test -x $(FLOORS)/bin/python || $(PYTHON) -m venv $(FLOORS)
+	$(BIN)/python -m tests.floors > $(FLOORS)/floors.txt
+	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint $(FLOORS)/floors.txt --editable '.[example,gevent,metrics,otel,postgres]' \
+	  $(TOOLS)
+	touch $@
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.run
@@ -78,4 +96,4 @@ $(NODE)/node_modules/.installed: $(NODE)/package.json $(NODE)/package-lock.json
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NODE)/node_modules build dist *.egg-info
+	rm -rf $(VENV) $(FLOORS) $(NODE)/node_modules build dist *.egg-info

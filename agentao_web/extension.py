@@ -37,6 +37,7 @@ from agentao_web.core.rules import Rules
 from agentao_web.metrics import Metrics
 from agentao_web.readers import Watcher
 from agentao_web.readiness import Readiness
+from agentao_web.serving import Serving
 from agentao_web.sessions import SessionPool
 from agentao_web.slots import StreamSlots
 from agentao_web.store import Store
@@ -127,6 +128,7 @@ class AgentaoWeb:
         tokens = Tokens(settings.secret_keys) if settings.secret_keys else None
         app.extensions[_KEY] = views.Parts(
             settings=settings,
+            serving=Serving(log),
             authenticate=self._authenticate or _by_token(settings, tokens, revoked),
             tickets=Tickets(
                 ticket_keys(settings.secret_keys, _keys_of(app), str(settings.root)),

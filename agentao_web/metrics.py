@@ -348,7 +348,11 @@ class Book:
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX)
             # All of it now: to write into a mapped hole of a full disk would kill the process.
-            os.posix_fallocate(self._held, 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._held, 0, size)
+            else:
+                there = os.fstat(self._held).st_size
+                os.pwrite(self._held, bytes(max(0, size - there)), there)
             mapped: t.Any = MmapedDict
             self._values = mapped(str(path))
         except BaseException:

@@ -7,12 +7,15 @@ One watcher thread sees clients that close, even while nothing is being sent to 
 from __future__ import annotations
 
 import collections.abc as cabc
+import contextlib
 import dataclasses
 import os
 import random
 import select
+import selectors
 import socket
 import threading
+import time
 import types
 import typing as t
 
@@ -30,7 +33,12 @@ from agentao_web.store import Store
 #: How much a stream takes from the log at once: events, bytes.
 #: A write of that size has to get through within SEND_TIMEOUT, so it is not a large one.
 _BATCH, _BATCH_BYTES = 500, 2**16
-_CLOSED: t.Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+#: How poll(2) says that a peer is gone. The first is Linux's own, and sees it behind unread bytes.
+_GONE: t.Final = sum(
+    getattr(select, name, 0) for name in ("POLLRDHUP", "POLLHUP", "POLLERR", "POLLNVAL")
+)
+#: How often a socket with bytes that nobody reads is looked at, in seconds.
+_LOOK_AGAIN: t.Final = 0.5
 
 
 class Reader:
@@ -218,7 +226,13 @@ class Dialect(t.Protocol):
 
 
 def stream(
-    reader: Reader, wire: Dialect, *, heartbeat: float, lease: float, follow: bool
+    reader: Reader,
+    wire: Dialect,
+    *,
+    heartbeat: float,
+    lease: float,
+    follow: bool,
+    alone: bool = False,
 ) -> cabc.Iterator[bytes]:
     """Everything *reader* gets, encoded, until its end.
 
@@ -226,12 +240,15 @@ def stream(
     everything (unless they *follow*), or after about *lease* seconds with a hint to come back, and
     so does one whose turn waits for a person. A comment goes out after *heartbeat* seconds of
     silence.
+
+    Where nothing is answered beside a stream it is *alone*: then each ends with its lease, and at
+    once when there is nothing to send until somebody else has been heard.
     """
     clock = reader.live.clock
     ends = clock() + lease * random.uniform(0.9, 1.0)
     silent_since = float("-inf")
     with reader:
-        while not reader.over:
+        while not reader.over and not (alone and clock() >= ends):
             events = reader.read(limit=_BATCH, max_bytes=_BATCH_BYTES)
             now = clock()
             if events:
@@ -240,6 +257,8 @@ def stream(
             elif reader.turn_id is None and reader.caught_up and not follow:
                 return
             elif reader.leased and now >= ends:
+                break
+            elif alone and (reader.waits_for_people or (reader.turn is None and reader.caught_up)):
                 break
             elif now - silent_since >= heartbeat:
                 silent_since = now
@@ -278,16 +297,16 @@ def ending(reader: Reader, *, wait: float) -> Event | None:
 
 
 class Watcher:
-    """One epoll over all stream sockets of a worker: calls back within moments of a close.
+    """One thread for all stream sockets of a worker: calls back within moments of a close.
 
-    Facts: Linux ``epoll(7)``; EPOLLRDHUP also sees a half-close, which behind nginx never comes.
+    *selector* makes what it waits with; the default is the best that this system has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, selector: cabc.Callable[[], selectors.BaseSelector] | None = None) -> None:
         self._lock = threading.Lock()
         self._callbacks: dict[int, cabc.Callable[[], None]] = {}
-        self._epoll: select.epoll | None = None
-        self._wake: tuple[int, int] | None = None
+        self._selector = selector
+        self._eyes: _Epoll | _Readable | None = None
         self._thread: threading.Thread | None = None
 
     def watch(self, sock: socket.socket, callback: cabc.Callable[[], None]) -> None:
@@ -297,62 +316,188 @@ class Watcher:
             callback()
             return
         with self._lock:
-            epoll = self._started()
+            eyes = self._started()
             self._callbacks[fd] = callback
-            epoll.register(fd, _CLOSED | select.EPOLLONESHOT)
+            eyes.add(fd)
 
     def forget(self, sock: socket.socket) -> None:
         """Look after *sock* no more; before it is closed, since its number is used again."""
         fd = sock.fileno()
         with self._lock:
-            if self._callbacks.pop(fd, None) is not None and self._epoll is not None:
-                self._epoll.unregister(fd)
+            if self._callbacks.pop(fd, None) is not None and self._eyes is not None:
+                self._eyes.remove(fd)
 
     def close(self) -> None:
         """End the thread and give the descriptors back."""
         with self._lock:
-            thread, wake, epoll = self._thread, self._wake, self._epoll
-            self._thread = self._wake = self._epoll = None
+            thread, eyes = self._thread, self._eyes
+            self._thread = self._eyes = None
             self._callbacks.clear()
-        if thread is None or wake is None or epoll is None:
+        if thread is None or eyes is None:
             return
-        os.write(wake[1], b"x")
+        eyes.shut = True
+        eyes.wake()
         thread.join(5)
-        epoll.close()
-        os.close(wake[0])
-        os.close(wake[1])
+        eyes.close()
 
-    def _started(self) -> select.epoll:
-        if self._epoll is None:
-            self._epoll = select.epoll()
-            self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            self._epoll.register(self._wake[0], select.EPOLLIN)
+    def _started(self) -> _Epoll | _Readable:
+        if self._eyes is None:
+            # Asked now, not at import: gevent takes epoll away.
+            if self._selector is None and hasattr(select, "epoll"):
+                self._eyes = _Epoll()
+            else:
+                self._eyes = _Readable((self._selector or selectors.DefaultSelector)())
             self._thread = threading.Thread(
-                target=self._run,
-                args=(self._epoll, self._wake[0]),
-                name="agentao-watcher",
-                daemon=True,
+                target=self._run, args=(self._eyes,), name="agentao-watcher", daemon=True
             )
             self._thread.start()
-        return self._epoll
+        return self._eyes
 
-    def _run(self, epoll: select.epoll, wake: int) -> None:
-        while True:
-            for fd, _ in epoll.poll():
-                if fd == wake:
-                    return
-                self._closed(fd)
+    def _run(self, eyes: _Epoll | _Readable) -> None:
+        while not eyes.shut:
+            for fd in eyes.wait():
+                self._look(eyes, fd)
 
-    def _closed(self, fd: int) -> None:
+    def _look(self, eyes: _Epoll | _Readable, fd: int) -> None:
         with self._lock:
             callback = self._callbacks.get(fd)
-            # The descriptor may be a new connection's by now: ask it again before believing.
-            if callback is None or not _is_closed(fd):
+            if callback is None:
                 return
+            # The descriptor may be a new connection's by now: ask it again before believing.
+            if not _is_closed(fd):
+                eyes.wait_longer(fd)
+                return
+            eyes.remove(fd)
         callback()
 
 
+class _Epoll:
+    """Linux: tells of closes only, each once. Sockets are added while it waits.
+
+    ``EPOLLRDHUP`` also sees a half-close, which behind nginx never comes.
+    """
+
+    def __init__(self) -> None:
+        self.shut = False
+        self._epoll = select.epoll()
+        self._bell = _Bell()
+        self._epoll.register(self._bell.fd, select.EPOLLIN)
+
+    def add(self, fd: int) -> None:
+        closed = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+        self._epoll.register(fd, closed | select.EPOLLONESHOT)
+
+    def remove(self, fd: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._epoll.unregister(fd)
+
+    def wait_longer(self, fd: int) -> None:
+        """Nothing: a new connection was added under that number."""
+
+    def wait(self) -> list[int]:
+        return [fd for fd, _ in self._epoll.poll() if fd != self._bell.fd]
+
+    def wake(self) -> None:
+        self._bell.ring()
+
+    def close(self) -> None:
+        self._epoll.close()
+        self._bell.close()
+
+
+class _Readable:
+    """Any selector (macOS, gevent): a socket that can be read may have been closed.
+
+    One that can be read because its client sent more than its request would wake us for ever: it
+    is looked at now and then instead.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self.shut = False
+        self._selector = selector
+        self._unread: set[int] = set()
+        self._looked = 0.0
+        self._bell = _Bell()
+        selector.register(self._bell.fd, selectors.EVENT_READ)
+
+    def add(self, fd: int) -> None:
+        self._selector.register(fd, selectors.EVENT_READ)
+        self._bell.ring()  # One that waits already does not see it.
+
+    def remove(self, fd: int) -> None:
+        self._unread.discard(fd)
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(fd)
+
+    def wait_longer(self, fd: int) -> None:
+        self.remove(fd)
+        self._unread.add(fd)
+
+    def wait(self) -> list[int]:
+        try:
+            found = self._selector.select(_LOOK_AGAIN if self._unread else None)
+        except OSError:
+            self._drop_closed()
+            return []
+        self._bell.hush()
+        ready = {key.fd for key, _ in found} - {self._bell.fd}
+        if self._unread and time.monotonic() >= self._looked + _LOOK_AGAIN:
+            self._looked = time.monotonic()
+            ready.update(list(self._unread))
+        return list(ready)
+
+    def _drop_closed(self) -> None:
+        """A socket was closed before it was removed: select(2) would fail for all, for ever."""
+        for key in list(self._selector.get_map().values()):
+            try:
+                os.fstat(key.fd)
+            except OSError:
+                self.remove(key.fd)
+
+    def wake(self) -> None:
+        self._bell.ring()
+
+    def close(self) -> None:
+        self._selector.close()
+        self._bell.close()
+
+
+class _Bell:
+    """A descriptor that can be read when somebody has rung."""
+
+    def __init__(self) -> None:
+        self.fd, self._other = os.pipe()
+        for fd in (self.fd, self._other):
+            os.set_blocking(fd, False)
+
+    def ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # Full: it can be read.
+            os.write(self._other, b"x")
+
+    def hush(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.fd, 4096):
+                pass
+
+    def close(self) -> None:
+        os.close(self.fd)
+        os.close(self._other)
+
+
 def _is_closed(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
-    return bool(poll.poll(0))
+    """Whether the peer is gone: in poll's own words, else because nothing is left to read."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(fd, _GONE | select.POLLIN)
+        found = sum(events for _, events in poll.poll(0))
+        if not found or found & _GONE:
+            return bool(found)
+    elif not select.select([fd], [], [], 0)[0]:
+        return False
+    with socket.socket(fileno=os.dup(fd)) as twin:
+        try:
+            return not twin.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True

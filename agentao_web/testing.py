@@ -43,7 +43,8 @@ class Gate:
 
     def reached(self, timeout: float = PATIENCE) -> None:
         """Wait until an agent stands here; AssertionError if none comes."""
-        assert self._reached.wait(timeout), "no agent came to the gate"
+        if not self._reached.wait(timeout):
+            raise AssertionError("no agent came to the gate")
 
     def open(self) -> None:
         """Let everyone through, now and later."""

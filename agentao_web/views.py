@@ -31,6 +31,7 @@ from werkzeug.exceptions import default_exceptions
 from werkzeug.routing import Rule
 
 from agentao_web import page as chat_page
+from agentao_web import serving
 from agentao_web.auth import Authenticate
 from agentao_web.auth import Tickets
 from agentao_web.auth import bearer
@@ -127,6 +128,7 @@ class Parts:
     """What belongs to one application; hangs in ``app.extensions["agentao_web"]``."""
 
     settings: Settings
+    serving: serving.Serving
     authenticate: Authenticate
     tickets: Tickets
     build: cabc.Callable[[], Machinery]
@@ -174,6 +176,8 @@ class Parts:
 def _too_late() -> Machinery:
     raise Draining
 
+
+_Seconds = t.TypeVar("_Seconds", int, float)
 
 ROUTES: list[openapi.Route] = []
 View = cabc.Callable[..., t.Any]
@@ -234,8 +238,9 @@ def _guarded(entry: openapi.Route) -> View:
     @functools.wraps(entry.view)
     def view(**arguments: str) -> t.Any:
         parts: Parts = current_app.extensions["agentao_web"]
+        parts.serving.look(request.environ)
         largest = _BODIES.get(entry.request or "", requests.ROOM)
-        request.max_content_length = min(largest, parts.settings.max_body)
+        _limit_body(min(largest, parts.settings.max_body))
         if (sock := _socket()) is not None:
             sock.settimeout(parts.settings.send_timeout)
         if entry.public or entry.scheme == "metrics":
@@ -251,6 +256,21 @@ def _guarded(entry: openapi.Route) -> View:
         return entry.view(parts, key)
 
     return view
+
+
+def _limit_body(most: int) -> None:
+    """Take no longer body than *most*. Before Flask 3.1 the limit was the application's alone."""
+    try:
+        request.max_content_length = most
+    except AttributeError:
+        own = t.cast(t.Any, request)._get_current_object()
+        own.__class__ = _with_limit(t.cast(t.Any, type(own)))
+        own.max_content_length = most
+
+
+@functools.cache
+def _with_limit(cls: t.Any) -> t.Any:
+    return type(cls.__name__, (cls,), {"max_content_length": None})
 
 
 def _by_ticket(parts: Parts, entry: openapi.Route, arguments: dict[str, str]) -> Principal | None:
@@ -303,6 +323,7 @@ def start_turn(parts: Parts, key: SessionKey) -> Response:
     asked = dataclasses.replace(asked, request_id=request_id())
     last = requests.cursor(request.headers.get("Last-Event-ID"), "Last-Event-ID")
     wait = requests.preferred_wait(", ".join(request.headers.getlist("Prefer")))
+    wait = None if wait is None else _allowed_wait(wait)
     # Asked for before anything starts.
     slot = None
     if streams:
@@ -376,7 +397,7 @@ def events(parts: Parts, key: SessionKey) -> Response:
         return _follow(parts, key, after if last is None else last, wire, follow=follow)
     live = parts.pool.find(key)
     reader = _reader(parts, live, after)
-    seconds = _WAIT if wait is None else wait
+    seconds = _allowed_wait(_WAIT if wait is None else wait)
     found = poll(reader, wait=0, limit=limit or _LIMIT, max_bytes=_MAX_BYTES)
     if seconds and not (found or reader.over):
         with _freed(_slot(parts, key, reader.cursor)):
@@ -798,6 +819,14 @@ def _socket() -> socket.socket | None:
     return None
 
 
+def _allowed_wait(seconds: _Seconds) -> _Seconds:
+    """How long a request may wait: less where nothing else is answered meanwhile."""
+    if not serving.is_alone(request.environ):
+        return seconds
+    most = serving.POST_SECONDS if request.method == "POST" else serving.GET_SECONDS
+    return min(seconds, type(seconds)(most))
+
+
 def _slot(parts: Parts, key: SessionKey, after: int | None = None) -> Slot:
     """A place to wait in; NoStreamSlot or TooManyStreams, with where to ask without waiting."""
     try:
@@ -848,8 +877,9 @@ def _stream(reader: Reader, slot: Slot | None, wire: Wire, *, follow: bool = Fal
         reader,
         wire,
         heartbeat=parts.settings.heartbeat,
-        lease=parts.settings.stream_lease,
+        lease=_allowed_wait(parts.settings.stream_lease),
         follow=follow,
+        alone=serving.is_alone(request.environ),
     )
     response = Response(_Along(body), content_type=wire.CONTENT_TYPE, headers=dict(wire.HEADERS))
     if slot is not None:

@@ -8,23 +8,29 @@ ours: SIGTERM is seen through the handler we wrap, max_requests and a dead maste
 from __future__ import annotations
 
 import collections.abc as cabc
+import contextlib
 import gc
 import logging
 import os
 import select
 import shlex
 import signal
+import sys
 import threading
 import types
 import typing as t
 
 from gunicorn.config import Config
 
-from agentao_web import addresses
-from agentao_web import extension
-from agentao_web import logs
-from agentao_web.config import Settings
-from agentao_web.config import from_environment
+from agentao_web import green
+
+green.patch_for(sys.argv[1:], os.environ)  # Before anything below is imported.
+
+from agentao_web import addresses  # noqa: E402
+from agentao_web import extension  # noqa: E402
+from agentao_web import logs  # noqa: E402
+from agentao_web.config import Settings  # noqa: E402
+from agentao_web.config import from_environment  # noqa: E402
 
 _settings = Settings.from_mapping(from_environment())
 
@@ -80,11 +86,15 @@ def told(environ: cabc.Mapping[str, str] = os.environ) -> dict[str, int]:
 
 def post_worker_init(worker: t.Any) -> None:
     """Watch for the end of this worker: after the fork, once the application is loaded."""
-    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    if green.is_late():
+        raise RuntimeError(green.CURE)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
     before = signal.getsignal(signal.SIGTERM)
 
     def on_term(signum: int, frame: types.FrameType | None) -> None:
-        os.write(write_end, b"x")
+        with contextlib.suppress(BlockingIOError):
+            os.write(write_end, b"x")
         if callable(before):
             before(signum, frame)
 
@@ -92,7 +102,9 @@ def post_worker_init(worker: t.Any) -> None:
     signal.siginterrupt(signal.SIGTERM, False)
     for name in ("gunicorn.access", "gunicorn.error"):
         logging.getLogger(name).addFilter(_NO_QUERIES)
-    extension.reserve_threads(worker.cfg.threads)
+    idle = green.Idle(worker) if green.is_green(worker) else None
+    # Of greenlets there is one for each connection.
+    extension.reserve_threads(worker.cfg.worker_connections if idle else worker.cfg.threads)
     for app in extension.apps():
         extension.pool_of(app).exhausted = _replace_me
         _compare(worker, app.config)
@@ -101,7 +113,10 @@ def post_worker_init(worker: t.Any) -> None:
     gc.collect()
     gc.freeze()
     threading.Thread(
-        target=_watch, args=(worker, os.getppid(), read_end), name="agentao-drain", daemon=True
+        target=_watch,
+        args=(worker, os.getppid(), read_end, idle),
+        name="agentao-drain",
+        daemon=True,
     ).start()
 
 
@@ -133,7 +148,7 @@ def worker_exit(server: t.Any, worker: t.Any) -> None:
         os._exit(0)
 
 
-def _watch(worker: t.Any, master: int, pipe: int) -> None:
+def _watch(worker: t.Any, master: int, pipe: int, idle: green.Idle | None) -> None:
     while not select.select([pipe], [], [], _GLANCE)[0]:
         if not worker.alive:
             break
@@ -141,6 +156,8 @@ def _watch(worker: t.Any, master: int, pipe: int) -> None:
             worker.alive = False
             break
     _shutdown_all(None)
+    if idle is not None:
+        idle.end()
 
 
 def _shutdown_all(grace: float | None) -> None:

@@ -1,1 +1,1 @@
-"""The numbers of DESIGN section 8, measured: ``python -m bench.run``."""
+"""The numbers of README.md, measured: ``python -m bench.run``."""

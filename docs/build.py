@@ -220,7 +220,7 @@ def http_errors() -> str:
     rows = []
     for cls in sorted(errors.WebError.__subclasses__(), key=lambda cls: (cls.status, cls.code)):
         wait = "" if cls.retry_after is None else str(cls.retry_after)
-        rows.append((str(cls.status), f"`{cls.code}`", (cls.__doc__ or "").strip(), wait))
+        rows.append((str(cls.status), f"`{cls.code}`", cls.message, wait))
     return _table(("Status", "Code", "Says", "`Retry-After`"), rows)
 
 

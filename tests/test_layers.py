@@ -33,6 +33,9 @@ DOORS: dict[str, set[str]] = {
     "sessions": {"core", "live", "peers", "questions", "readiness", "runner", "store"},
     "agents": {"core", "demo"},
     "slots": set(),
+    # Gevent has to patch before anything else of ours is imported.
+    "green": set(),
+    "serving": {"core", "green"},
     "page": set(),
     "views": {
         "auth",
@@ -42,6 +45,7 @@ DOORS: dict[str, set[str]] = {
         "page",
         "readers",
         "readiness",
+        "serving",
         "sessions",
         "slots",
         "store",
@@ -56,6 +60,7 @@ DOORS: dict[str, set[str]] = {
         "metrics",
         "readers",
         "readiness",
+        "serving",
         "sessions",
         "slots",
         "store",
@@ -64,7 +69,7 @@ DOORS: dict[str, set[str]] = {
         "wire",
     },
     "addresses": {"config"},
-    "workers": {"addresses", "config", "extension", "logs"},
+    "workers": {"addresses", "config", "extension", "green", "logs"},
     "doctor": {"agents", "config", "core", "store"},
     # Of the server it knows nothing but the protocol.
     "client": set(),
@@ -91,6 +96,7 @@ ONLY_IN = {
     "flask": {"auth", "cli", "extension", "page", "views"},
     "werkzeug": {"extension", "views"},
     "itsdangerous": {"auth"},
+    "gevent": {"green"},
     "gunicorn": {"workers"},
     "sqlalchemy": {"store"},
     "httpx": {"client"},

@@ -36,7 +36,7 @@ from tests.live.harness import listens
 DEPLOY = PROJECT / "deploy"
 UNIT = DEPLOY / "agentao-web.service"
 #: What is made by working here, and is no part of the project.
-MADE = (".git", ".venv", "*.egg-info", ".*_cache", ".hypothesis", "__pycache__", "build", "dist")
+MADE = (".git", ".venv*", "*.egg-info", ".*_cache", ".hypothesis", "__pycache__", "build", "dist")
 
 USER_PROGRAM = """\
 from agentao_web import AgentaoWeb, Principal, tool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import dataclasses
+import selectors
 import socket
 import ssl
 import subprocess
@@ -26,10 +27,13 @@ from tests.pool_fakes import Gate
 from tests.pool_fakes import Probe
 from tests.pool_fakes import until_stopped
 
+#: What a watcher may wait with: None is the best there is, the others are what other systems have.
+SELECTORS = [None, selectors.PollSelector, selectors.SelectSelector, selectors.DefaultSelector]
 
-@pytest.fixture
-def watcher() -> cabc.Iterator[Watcher]:
-    made = Watcher()
+
+@pytest.fixture(params=SELECTORS, ids=lambda s: s.__name__ if s else "best")
+def watcher(request: pytest.FixtureRequest) -> cabc.Iterator[Watcher]:
+    made = Watcher(request.param)
     yield made
     made.close()
 
@@ -81,6 +85,37 @@ def test_a_socket_that_is_closed_already_is_seen_at_once(watcher: Watcher) -> No
     assert seen.wait(PATIENCE)
     watcher.forget(theirs)
     theirs.close()
+
+
+def test_bytes_that_nobody_reads_do_not_keep_the_watcher_busy(watcher: Watcher) -> None:
+    """A client may send its next request early; it is no close, however often it is looked at."""
+    seen = threading.Event()
+    ours, theirs = tcp()
+    ours.send(b"GET /next HTTP/1.1")
+    watcher.watch(theirs, seen.set)
+    before = time.process_time()
+    assert not seen.wait(1)
+    assert time.process_time() - before < 0.5, "it spins"
+    ours.close()
+    assert seen.wait(PATIENCE)
+    watcher.forget(theirs)
+    theirs.close()
+
+
+def test_one_socket_that_was_closed_too_early_does_not_blind_it_for_the_others(
+    watcher: Watcher,
+) -> None:
+    careless, gone = tcp()
+    watcher.watch(gone, lambda: None)
+    gone.close()
+    ours, theirs = tcp()
+    seen = threading.Event()
+    watcher.watch(theirs, seen.set)
+    ours.close()
+    assert seen.wait(PATIENCE)
+    watcher.forget(theirs)
+    theirs.close()
+    careless.close()
 
 
 def test_a_forgotten_descriptors_next_owner_is_not_mistaken(watcher: Watcher) -> None:

@@ -1,7 +1,7 @@
 """Between one Agentao and the turn it runs: events out by allow-list, questions to people.
 
 A bridge is made before its agent and stays its transport for ever: agentao captures the transport
-at construction (notes: "never assign agent.transport"). What turn it serves changes inside.
+at construction, so assigning another one later does nothing. What turn it serves changes inside.
 """
 
 from __future__ import annotations
@@ -549,7 +549,7 @@ class AgentaoAgent:
             messages[:] = Messages(messages)
 
     def _outcome(self, usage: dict[str, int]) -> Outcome:
-        """What ``agent.last_turn`` says, never the text (notes, section 2)."""
+        """What ``agent.last_turn`` says, never the text: that may be empty, or cut."""
         last = self._agent.last_turn
         tools = last.tool_count if isinstance(last.tool_count, int) else 0
         counts: dict[str, t.Any] = {"usage": usage, "tool_count": tools}

@@ -38,6 +38,7 @@ from agentao_web.agents.shell import Executor
 from agentao_web.agents.shell import Unconfined
 from agentao_web.agents.skills import Skill
 from agentao_web.agents.skills import read_skills
+from agentao_web.agents.tested import warn_untested
 from agentao_web.agents.tools import Context
 from agentao_web.agents.tools import HostTool
 from agentao_web.agents.tools import HostTools
@@ -135,6 +136,7 @@ class AgentaoAgents:
     ) -> None:
         guards.check_agentao()
         check_agentao()
+        warn_untested(log)
         self.workspaces = Workspaces(options.root, options.workspace)
         self.tools = HostTools(tools, context=context, timeout=options.tool_timeout, log=log)
         self._options = options
@@ -154,6 +156,8 @@ class AgentaoAgents:
             self._servers = _servers(options.mcp, environ, options.tool_timeout, log)
         if options.skills is not None:
             self._skills = read_skills(options.skills)
+        if factory is None and "unconfined" in shells:
+            sandbox.needs_linux()
         if factory is None and "sandbox" in shells:
             sandbox.check(options.root)
         if factory is None and not options.demo:

@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import re
+import sys
 import threading
 import types
 import typing as t
@@ -220,6 +221,12 @@ def _given(function: t.Any) -> _Given:
         raise _no(function, "it yields; return a list")
     options = _options(function)
     text = inspect.cleandoc(getattr(inner, "__doc__", None) or _class_text(function) or "")
+    if not text and sys.flags.optimize > 1:
+        raise _no(
+            function,
+            "`python -OO` drops its docstring, which tells the model what it is for; start Python "
+            "with -O at most",
+        )
     if not text:
         raise _no(function, "it has no docstring, which tells the model what it is for")
     parameters = tuple(_parameters(function))

@@ -165,7 +165,10 @@ def opened(name: str, parent: int | None = None) -> int:
     except NotADirectoryError:  # another one by now
         raise FileNotFoundError(name) from None
     except PermissionError:
-        # It is ours, its owner only took away its own right to look: give it back.
+        # It is ours, its owner only took away its own right to look: give it back. Only Linux can
+        # do so without following a link that has come in its place.
+        if not hasattr(os, "O_PATH"):
+            raise
         handle = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
         try:
             os.chmod(f"/proc/self/fd/{handle}", 0o700)

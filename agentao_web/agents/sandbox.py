@@ -14,6 +14,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import typing as t
 from pathlib import Path
@@ -110,8 +111,18 @@ def limited(command: str, **limits: int) -> list[str]:
     return ["/bin/sh", "-c", _GATE, "sh", *argv]
 
 
+def needs_linux() -> None:
+    """RuntimeError, with the cure, where what a command has started cannot be seen and ended."""
+    if not sys.platform.startswith("linux"):
+        raise RuntimeError(
+            "AGENTAO_SHELL works on Linux only, where all that a command has started can be seen "
+            "and ended: set AGENTAO_SHELL=off"
+        )
+
+
 def check(root: Path) -> None:
     """RuntimeError, with the cure, if a command of a workspace below *root* cannot be confined."""
+    needs_linux()
     if platform.machine() not in _AUDIT:
         raise RuntimeError(
             f"the sandbox is made for {' and '.join(_AUDIT)}, not for {platform.machine()}: "

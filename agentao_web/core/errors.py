@@ -19,6 +19,8 @@ class WebError(Exception):
     status: t.ClassVar[int] = 500
     """A hint for HTTP; ``core`` never sends it."""
     code: t.ClassVar[str] = "internal_error"
+    message: str = ""
+    """What happened, then what to do. No docstring: ``python -OO`` drops those."""
     retry_after: int | None = None
     """Seconds after which trying again makes sense, or None."""
     quota: Quota | None = None
@@ -32,7 +34,7 @@ class WebError(Exception):
         quota: Quota | None = None,
         **details: t.Any,
     ) -> None:
-        self.message = message or (type(self).__doc__ or "").strip()
+        self.message = message or type(self).message
         self.details = details
         if retry_after is not None:
             self.retry_after = retry_after
@@ -47,38 +49,33 @@ class WebError(Exception):
 
 
 class InvalidRequest(WebError):
-    """The request is not what this route takes."""
-
     status = 400
     code = "invalid_request"
+    message = "The request is not what this route takes."
 
 
 class Unauthorized(WebError):
-    """A valid bearer token, or the application's own login, is needed."""
-
     status = 401
     code = "unauthorized"
+    message = "A valid bearer token, or the application's own login, is needed."
 
 
 class Forbidden(WebError):
-    """This request is not allowed."""
-
     status = 403
     code = "forbidden"
+    message = "This request is not allowed."
 
 
 class NotFound(WebError):
-    """There is nothing here by that name."""
-
     status = 404
     code = "not_found"
+    message = "There is nothing here by that name."
 
 
 class MethodNotAllowed(WebError):
-    """This route does not take that method."""
-
     status = 405
     code = "method_not_allowed"
+    message = "This route does not take that method."
 
     def __init__(self, allowed: t.Iterable[str]) -> None:
         self.allowed = sorted(allowed)
@@ -86,61 +83,53 @@ class MethodNotAllowed(WebError):
 
 
 class NotAcceptable(WebError):
-    """This route answers application/json and text/event-stream only."""
-
     status = 406
     code = "not_acceptable"
+    message = "This route answers application/json and text/event-stream only."
 
 
 class SessionBusy(WebError):
-    """The session is already running a turn."""
-
     status = 409
     code = "session_busy"
+    message = "The session is already running a turn."
     retry_after = 1
 
 
 class IdempotencyConflict(WebError):
-    """This Idempotency-Key was used with another body."""
-
     status = 409
     code = "idempotency_conflict"
+    message = "This Idempotency-Key was used with another body."
 
 
 class QuestionClosed(WebError):
-    """This question was closed before."""
-
     status = 409
     code = "question_closed"
+    message = "This question was closed before."
 
 
 class PayloadTooLarge(WebError):
-    """The request body is too large."""
-
     status = 413
     code = "payload_too_large"
+    message = "The request body is too large."
 
 
 class UnsupportedMediaType(WebError):
-    """The body must be application/json."""
-
     status = 415
     code = "unsupported_media_type"
+    message = "The body must be application/json."
 
 
 class TooManyTurns(WebError):
-    """Too many turns are running; try again later."""
-
     status = 429
     code = "too_many_turns"
+    message = "Too many turns are running; try again later."
     retry_after = 2
 
 
 class TooManySessions(WebError):
-    """Too many sessions; delete one, or try again later."""
-
     status = 429
     code = "too_many_sessions"
+    message = "Too many sessions; delete one, or try again later."
     retry_after = 30
 
 
@@ -153,40 +142,35 @@ class TooManyStreams(WebError):
 
 
 class BudgetExhausted(WebError):
-    """The tenant's tokens of this day (UTC) are spent."""
-
     status = 429
     code = "budget_exhausted"
+    message = "The tenant's tokens of this day (UTC) are spent."
 
 
 class InternalError(WebError):
-    """Something went wrong on the server; the error_id is in its log."""
-
     status = 500
     code = "internal_error"
+    message = "Something went wrong on the server; the error_id is in its log."
 
 
 class NoStreamSlot(WebError):
-    """Every place for streams and waiting requests is taken; poll instead, or try again."""
-
     status = 503
     code = "no_stream_slot"
+    message = "Every place for streams and waiting requests is taken; poll instead, or try again."
     retry_after = 2
 
 
 class Draining(WebError):
-    """This worker is shutting down; try again."""
-
     status = 503
     code = "draining"
+    message = "This worker is shutting down; try again."
     retry_after = 1
 
 
 class StoreUnavailable(WebError):
-    """The conversation store cannot be reached; try again later."""
-
     status = 503
     code = "store_unavailable"
+    message = "The conversation store cannot be reached; try again later."
     retry_after = 2
 
 

@@ -1,7 +1,7 @@
 """The numbered log of one session: what clients may see, and who has seen how much of it.
 
 Numbers are ``generation << 20 | n``: strictly increasing, not dense, never used twice, because a
-generation is given out once for ever (DESIGN, promise 1).
+generation is given out once for ever.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def gap(from_: int, to: int, reason: str) -> Event:
 def joined(events: cabc.Iterable[Event]) -> list[Event]:
     """*events* with consecutive text of one turn put together.
 
-    A joined event carries the last ``seq`` and the first ``ts`` (RFC-less; DESIGN, promise 2).
+    A joined event carries the last ``seq`` and the first ``ts``.
     """
     out: list[Event] = []
     texts: list[str] = []

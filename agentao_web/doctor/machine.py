@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import statistics
+import sys
 import time
 import typing as t
 from pathlib import Path
@@ -223,7 +224,7 @@ def _store(case: Case) -> Findings:
 
 
 def _sqlite(settings: Settings, file: Path) -> Findings:
-    kind = filesystem(file, Path("/proc/self/mountinfo").read_text())
+    kind = filesystem(file, _mounts())
     if _NETWORK.match(kind):
         yield wrong(
             "store",
@@ -303,8 +304,16 @@ def _commit_time(store: SqlStore) -> float:
     return statistics.median(times)
 
 
+def _mounts() -> str:
+    """What is mounted; empty on a system that does not say so."""
+    try:
+        return Path("/proc/self/mountinfo").read_text()
+    except FileNotFoundError:
+        return ""
+
+
 def filesystem(path: Path, mountinfo: str) -> str:
-    """The kind of file system *path* is or will be on, by /proc/self/mountinfo."""
+    """The kind of file system *path* is or will be on, by /proc/self/mountinfo; "" if unknown."""
     best, kind = "", ""
     real = os.path.realpath(path)
     for line in mountinfo.splitlines():
@@ -394,6 +403,10 @@ def _threads(case: Case) -> Findings:
 
 
 def _limits(case: Case) -> Findings:
+    if not sys.platform.startswith("linux"):
+        cure = "compare `ulimit -a` with the table of sizes in docs/deploy.md"
+        yield hint("limits", "only Linux shows the limits of a process", cure)
+        return
     proc = Path("/proc") / (str(case.pid) if case.pid else "self")
     whose = f"of process {case.pid}" if case.pid else "of this shell; --pid tells the server's"
     told = (proc / "limits").read_text()
@@ -475,7 +488,7 @@ def _disk(case: Case) -> Findings:
     if (wide := open_to_others(root)) is not None:
         message, _, cure = wide.rpartition(": ")
         yield hint("disk", message, cure)
-    kind = filesystem(root, Path("/proc/self/mountinfo").read_text())
+    kind = filesystem(root, _mounts())
     if kind in ("tmpfs", "ramfs"):
         cure = "set AGENTAO_ROOT to a disk"
         yield hint("disk", f"{root} is in memory: a restart of the machine empties it", cure)

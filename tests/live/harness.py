@@ -43,8 +43,14 @@ class Server:
         app: str = "wsgi_app:app",
         conf: str | None = str(PROJECT / "gunicorn.conf.py"),
         addresses: int = 0,
+        command: cabc.Sequence[str] = (),
+        answers: int = 200,
         **env: str,
     ) -> None:
+        """*command* starts another server than gunicorn, with PORT for the number of its port.
+
+        It has started as soon as its health check *answers* with that status.
+        """
         self.folder = folder
         self.sockets = [folder / "run" / f"{number}.sock" for number in range(addresses)]
         self.upstreams = [f"unix:{path}" for path in self.sockets]
@@ -59,8 +65,11 @@ class Server:
             # Handed down, so that nobody takes the port in between.
             self.port = listener.getsockname()[1]
             listener.set_inheritable(True)
+            other = [word.replace("PORT", str(self.port)) for word in command]
             command = [sys.executable, "-m", "gunicorn", *(("-c", conf) if conf else ())]
-            if addresses == 1:
+            if other:
+                listener.close()
+            elif addresses == 1:
                 # One worker of its own accord has no socket.
                 self.sockets[0].parent.mkdir()
                 command += ["--bind", self.upstreams[0]]
@@ -68,18 +77,18 @@ class Server:
                 command += ["--bind", f"fd://{listener.fileno()}"]
             command += [*args, app]
             self.process = subprocess.Popen(
-                command,
+                other or command,
                 cwd=PROJECT,
                 env=self._environ(env),
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                pass_fds=[listener.fileno()],
+                pass_fds=[] if other else [listener.fileno()],
                 start_new_session=True,
             )
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = self.at(0) if addresses else self._client()
         try:
-            self._until_alive()
+            self._until_alive(answers)
         except BaseException:
             self.__exit__()
             raise
@@ -108,7 +117,7 @@ class Server:
             **env,
         }
 
-    def _until_alive(self) -> None:
+    def _until_alive(self, answers: int) -> None:
         until = time.monotonic() + PATIENCE
         while True:
             assert self.process.poll() is None, self.log.read_text()
@@ -118,7 +127,7 @@ class Server:
                 time.sleep(0.02)  # Between two looks at another process.
                 continue
             with contextlib.suppress(httpx.TransportError):
-                if self.client.get("/healthz", timeout=10).status_code == 200:
+                if self.client.get("/healthz", timeout=10).status_code == answers:
                     return
             assert time.monotonic() < until, self.log.read_text()
 

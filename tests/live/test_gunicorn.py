@@ -22,6 +22,9 @@ from tests.model_server import ModelServer
 
 pytestmark = pytest.mark.live
 
+#: What holds with threads holds with greenlets.
+KINDS = pytest.mark.parametrize("kind", ["gthread", "gevent"])
+
 
 @pytest.fixture
 def model() -> cabc.Iterator[ModelServer]:
@@ -68,9 +71,12 @@ def test_the_templates_own_line_serves(tmp_path: Path, model: ModelServer) -> No
         assert len(server.workers()) == 2
 
 
-def test_tokens_arrive_while_the_model_still_speaks(tmp_path: Path, model: ModelServer) -> None:
+@KINDS
+def test_tokens_arrive_while_the_model_still_speaks(
+    tmp_path: Path, model: ModelServer, kind: str
+) -> None:
     with (
-        Server(tmp_path, **model_env(model)) as server,
+        Server(tmp_path, "-k", kind, **model_env(model)) as server,
         server.stream("s", "hang_after one two") as s,
     ):
         assert s.until("llm_text")["data"]["chunk"].startswith("one")
@@ -113,11 +119,12 @@ def rss(pid: int) -> int:
 # -- who left ----------------------------------------------------------------------------------
 
 
+@KINDS
 @pytest.mark.parametrize("command", ["hang", "hang_after some words", "tokens 100000 50"])
 def test_a_reader_that_leaves_ends_the_turn_and_the_models_request(
-    tmp_path: Path, model: ModelServer, command: str
+    tmp_path: Path, model: ModelServer, command: str, kind: str
 ) -> None:
-    with Server(tmp_path, **model_env(model), AGENTAO_DISCONNECT_GRACE="0.3") as server:
+    with Server(tmp_path, "-k", kind, **model_env(model), AGENTAO_DISCONNECT_GRACE="0.3") as server:
         with server.stream("s", command) as stream:
             stream.until("turn_begin")
             model.wait_for_request(1)
@@ -131,8 +138,11 @@ def test_a_reader_that_leaves_ends_the_turn_and_the_models_request(
         assert server.ask("s", "say again")["reply"] == "again"
 
 
-def test_a_reader_that_comes_back_in_time_reads_on(tmp_path: Path, model: ModelServer) -> None:
-    with Server(tmp_path, **model_env(model), AGENTAO_DISCONNECT_GRACE="20") as server:
+@KINDS
+def test_a_reader_that_comes_back_in_time_reads_on(
+    tmp_path: Path, model: ModelServer, kind: str
+) -> None:
+    with Server(tmp_path, "-k", kind, **model_env(model), AGENTAO_DISCONNECT_GRACE="20") as server:
         with server.stream("s", "tokens 100 100") as stream:
             last = stream.until("llm_text")["seq"]
         with server.follow("s", Last_Event_ID=str(last)) as again:
@@ -164,8 +174,9 @@ def test_a_turn_started_as_json_does_not_need_a_reader(tmp_path: Path, model: Mo
 # -- the end -----------------------------------------------------------------------------------
 
 
-def test_sigterm_ends_turns_streams_and_agents(tmp_path: Path) -> None:
-    with scripted(tmp_path, "--graceful-timeout", "3600") as server:
+@KINDS
+def test_sigterm_ends_turns_streams_and_agents(tmp_path: Path, kind: str) -> None:
+    with scripted(tmp_path, "-k", kind, "--graceful-timeout", "3600") as server:
         ends: dict[str, list[dict[str, t.Any]]] = {}
         begun = threading.Semaphore(0)
 
@@ -207,11 +218,12 @@ def test_sigterm_ends_turns_streams_and_agents(tmp_path: Path) -> None:
         assert "Traceback" not in server.log.read_text()
 
 
+@KINDS
 def test_sigterm_with_a_hung_model_leaves_no_request_behind(
-    tmp_path: Path, model: ModelServer
+    tmp_path: Path, model: ModelServer, kind: str
 ) -> None:
     env = model_env(model, AGENTAO_DRAIN_GRACE="1")
-    with Server(tmp_path, **env) as server, server.stream("s", "hang") as stream:
+    with Server(tmp_path, "-k", kind, **env) as server, server.stream("s", "hang") as stream:
         stream.until("turn_begin")
         request = model.wait_for_request(1)
         server.signal(signal.SIGTERM)
@@ -220,9 +232,10 @@ def test_sigterm_with_a_hung_model_leaves_no_request_behind(
         assert server.wait() == 0
 
 
+@KINDS
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
-def test_a_quick_stop_still_tells_everyone(tmp_path: Path, number: int) -> None:
-    with scripted(tmp_path) as server, server.stream("s", "hang") as stream:
+def test_a_quick_stop_still_tells_everyone(tmp_path: Path, number: int, kind: str) -> None:
+    with scripted(tmp_path, "-k", kind) as server, server.stream("s", "hang") as stream:
         stream.until("turn_begin")
         server.signal(number)
         assert stream.until("done")["data"]["reason"] == "server_shutdown"
@@ -230,8 +243,9 @@ def test_a_quick_stop_still_tells_everyone(tmp_path: Path, number: int) -> None:
         assert diary(tmp_path).count("closed") == 1
 
 
-def test_hup_replaces_the_worker_and_ends_its_streams(tmp_path: Path) -> None:
-    with scripted(tmp_path) as server, server.stream("s", "hang") as stream:
+@KINDS
+def test_hup_replaces_the_worker_and_ends_its_streams(tmp_path: Path, kind: str) -> None:
+    with scripted(tmp_path, "-k", kind) as server, server.stream("s", "hang") as stream:
         stream.until("turn_begin")
         old = server.workers()
         server.signal(signal.SIGHUP)
@@ -240,8 +254,9 @@ def test_hup_replaces_the_worker_and_ends_its_streams(tmp_path: Path) -> None:
         assert server.ask("t", "hi")["reply"] == "hello"
 
 
-def test_a_worker_whose_master_died_leaves(tmp_path: Path) -> None:
-    with scripted(tmp_path) as server, server.stream("s", "hang") as stream:
+@KINDS
+def test_a_worker_whose_master_died_leaves(tmp_path: Path, kind: str) -> None:
+    with scripted(tmp_path, "-k", kind) as server, server.stream("s", "hang") as stream:
         stream.until("turn_begin")
         (worker,) = server.workers()
         server.signal(signal.SIGKILL)
@@ -249,8 +264,9 @@ def test_a_worker_whose_master_died_leaves(tmp_path: Path) -> None:
         eventually(lambda: not Path(f"/proc/{worker}").exists(), "the worker stays")
 
 
-def test_half_of_the_threads_lost_brings_a_fresh_worker(tmp_path: Path) -> None:
-    with scripted(tmp_path, TEST_MAX_TURNS="2") as server:
+@KINDS
+def test_half_of_the_threads_lost_brings_a_fresh_worker(tmp_path: Path, kind: str) -> None:
+    with scripted(tmp_path, "-k", kind, TEST_MAX_TURNS="2") as server:
         old = server.workers()
         assert server.post("s", "stuck").status_code == 202
         server.client.post("/chat/s/cancel")
@@ -336,11 +352,16 @@ def test_the_project_has_both_entry_points() -> None:
 # -- never deaf --------------------------------------------------------------------------------
 
 
-def test_with_every_place_taken_the_rest_still_answers(tmp_path: Path, model: ModelServer) -> None:
+@pytest.mark.parametrize(
+    "four", [("--threads", "4"), ("-k", "gevent", "--worker-connections", "4")]
+)
+def test_with_every_place_taken_the_rest_still_answers(
+    tmp_path: Path, model: ModelServer, four: tuple[str, ...]
+) -> None:
     """Four threads: three may stream, one is for everybody else."""
     shares = {"AGENTAO_MAX_STREAMS_PER_USER": "3", "AGENTAO_MAX_STREAMS_PER_TENANT": "3"}
     with (
-        Server(tmp_path, "--threads", "4", **model_env(model, **shares)) as server,
+        Server(tmp_path, *four, **model_env(model, **shares)) as server,
         server.stream("a", "hang") as a,
         server.stream("b", "hang"),
         server.stream("c", "hang"),

@@ -23,9 +23,12 @@ def model() -> cabc.Iterator[ModelServer]:
         yield server
 
 
-def serve(folder: Path, model: ModelServer) -> Server:
-    diary = str(folder / "diary")
-    return Server(folder, app="tests.live.tools_app:app", TEST_DIARY=diary, **model_env(model))
+KINDS = pytest.mark.parametrize("kind", ["gthread", "gevent"])
+
+
+def serve(folder: Path, model: ModelServer, kind: str) -> Server:
+    diary, app = str(folder / "diary"), "tests.live.tools_app:app"
+    return Server(folder, "-k", kind, app=app, TEST_DIARY=diary, **model_env(model))
 
 
 def diary(folder: Path) -> list[str]:
@@ -33,10 +36,11 @@ def diary(folder: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+@KINDS
 def test_a_tool_runs_in_an_application_context_of_its_own(
-    tmp_path: Path, model: ModelServer
+    tmp_path: Path, model: ModelServer, kind: str
 ) -> None:
-    with serve(tmp_path, model) as server:
+    with serve(tmp_path, model, kind) as server:
         message = 'call visit {"name": "bob"}\ncall visit {"name": "eve"}\nsay home'
         with server.stream("s", message) as stream:
             events = list(stream)
@@ -46,10 +50,11 @@ def test_a_tool_runs_in_an_application_context_of_its_own(
     assert diary(tmp_path) == ["visit bob", "end None", "visit eve", "end None"]
 
 
+@KINDS
 def test_a_tool_that_never_ends_does_not_keep_the_worker(
-    tmp_path: Path, model: ModelServer
+    tmp_path: Path, model: ModelServer, kind: str
 ) -> None:
-    with serve(tmp_path, model) as server:
+    with serve(tmp_path, model, kind) as server:
         with server.stream("s", "call hang {}\nsay never") as stream:
             stream.until("tool_start")
             eventually(lambda: "hang" in diary(tmp_path), "the tool did not start")
