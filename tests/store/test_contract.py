@@ -493,6 +493,25 @@ def test_the_transcript_is_paged_both_ways(store: Store) -> None:
     assert ids(after=3, before=1) == ([], False)
 
 
+def test_a_page_of_the_transcript_ends_where_it_grows_too_large(store: Store) -> None:
+    for n in range(3):
+        run(store, f"t{n}")
+
+    def ids(most: int, **options: t.Any) -> tuple[list[int], bool]:
+        asked = {"before": None, "after": None, "limit": 10, "max_bytes": most, **options}
+        page = store.transcript(KEY, **asked)
+        return [m["id"] for m in page.messages], page.more
+
+    assert ids(1) == ([6], True)
+    assert ids(1, before=6) == ([5], True)
+    assert ids(1, before=2) == ([1], False)
+    assert ids(1, after=0) == ([1], True)
+    assert ids(1, after=5) == ([6], False)
+    assert ids(1, after=6) == ([], False)
+    assert ids(10**6) == ([1, 2, 3, 4, 5, 6], False)
+    assert ids(10**6, limit=2) == ([5, 6], True)
+
+
 def test_how_a_turn_ended_can_be_asked_later(store: Store) -> None:
     first = run(store, "t1")
     held = claim(store, "t2")
