@@ -233,7 +233,10 @@ _QUESTION = _object(
     tool=_STRING,
     description=_STRING,
     args=_ANY_OBJECT,
-    truncated={"type": "boolean", "description": "args are too long to be shown whole"},
+    truncated={
+        "type": "boolean",
+        "description": "args are not all of what would run",
+    },
     remember=_list(_enum("turn", "session")),
     question=_STRING,
     header={"type": ["string", "null"]},
