@@ -125,7 +125,11 @@ def unseen(hold: Step) -> list[Step]:
         ask_user(UNSEEN, "yes\u2066", header="a\u202eb"),
         ask(
             "pay\u202e",
-            **{"to\u2066": UNSEEN, "far": "x" + " " * 200 + "y", "family": "👩‍👩‍👧 ❤️ 日本"},
+            **{
+                "to\u2066": UNSEEN,
+                "far": "x" + " " * 200 + "y",
+                "family": "\U0001f469\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f 日本",
+            },
         ),
         say("done"),
     ]
