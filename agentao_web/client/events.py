@@ -176,7 +176,7 @@ class ToolConfirmation(Question):
 
     @property
     def truncated(self) -> bool:
-        """The arguments are too long to be shown whole."""
+        """The arguments are not shown completely, or not as they are."""
         return bool(self.data.get("truncated"))
 
     @property

@@ -1,7 +1,7 @@
 // What an agent does and asks, as cards: a tool with its output, an approval, a question.
 
 import * as api from "./api.js";
-import { clock, duration, everySecond, h, icon } from "./dom.js";
+import { clock, duration, everySecond, h, icon, visible } from "./dom.js";
 
 const STATUS = {
   running: "Running",
@@ -28,7 +28,7 @@ export class ToolCard {
     this.element = h(
       "details.card.tool",
       {},
-      h("summary", {}, icon("tool"), h("code.name", {}, tool), h("span.brief", {}, brief(args)), this.time, this.chip),
+      h("summary", {}, icon("tool"), h("code.name", {}, visible(tool)), h("span.brief", {}, brief(args)), this.time, this.chip),
       this.body,
     );
     everySecond(this.time, () => this.#status === "running" && this.#tick());
@@ -74,12 +74,12 @@ export class ToolCard {
 /** The argument that says most, on one line. */
 function brief(args) {
   const values = Object.values(args ?? {}).filter((value) => ["string", "number"].includes(typeof value));
-  return String(values[0] ?? "").replace(/\s+/g, " ").slice(0, 120);
+  return visible(values[0] ?? "").replace(/\s+/g, " ").slice(0, 120);
 }
 
 function argumentList(args) {
   const text = (value) => (typeof value === "string" ? value : JSON.stringify(value, null, 2));
-  const rows = Object.entries(args ?? {}).map(([name, value]) => [name, text(value)]);
+  const rows = Object.entries(args ?? {}).map(([name, value]) => [visible(name), visible(text(value))]);
   const isShort = ([, value]) => value.length <= 60 && !value.includes("\n");
   const short = rows.filter(isShort).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)));
   const long = rows.filter((row) => !isShort(row)).flatMap(([name, value]) => {
@@ -93,6 +93,7 @@ function argumentList(args) {
 /** What a tool says it does, which is written for models: its first sentence, the rest if asked for. */
 function explained(description) {
   if (!description) return null;
+  description = visible(description);
   const [first] = /^.{1,200}?[.!?](?=\s|$)/su.exec(description) ?? [description];
   const rest = description.slice(first.length).trim();
   const more = rest ? h("details.more", {}, h("summary", {}, "More about this tool"), h("p", {}, rest)) : null;
@@ -141,8 +142,8 @@ export class QuestionCard {
   }
 
   #title() {
-    if (this.asks) return this.data.header || "The agent has a question";
-    return `May it run ${this.data.tool}?`;
+    if (this.asks) return visible(this.data.header || "The agent has a question");
+    return `May it run ${visible(this.data.tool)}?`;
   }
 
   #tick(whole) {
@@ -159,7 +160,7 @@ export class QuestionCard {
     return [
       explained(description),
       ...argumentList(args),
-      truncated ? h("p.warn", {}, "Too long to be shown whole: what is missing here would run too.") : null,
+      truncated ? h("p.warn", {}, "Not all of it can be shown as it is. What is missing here would run too.") : null,
       h(
         "div.actions",
         {},
@@ -172,9 +173,9 @@ export class QuestionCard {
 
   #question() {
     const { question, options, multiple, allow_custom: custom } = this.data;
-    const asked = h("p.asked", {}, question);
+    const asked = h("p.asked", {}, visible(question));
     if (!multiple) {
-      const buttons = (options ?? []).map((option) => this.#button(option, { answer: option }));
+      const buttons = (options ?? []).map((option) => this.#button(visible(option), { answer: option }));
       return [asked, buttons.length ? h("div.actions", {}, ...buttons) : null, custom ? this.#custom(buttons.length > 0) : null];
     }
     const boxes = (options ?? []).map((option) => h("input", { type: "checkbox", value: option }));
@@ -185,7 +186,7 @@ export class QuestionCard {
       if (answer.length) void this.#answer({ answer });
       else this.trouble.textContent = "Choose something first.";
     };
-    const form = h("form", {}, ...boxes.map((box) => h("label.choice", {}, box, box.value)), h("div.custom", {}, field, h("button.primary", { type: "submit" }, "Send answer")));
+    const form = h("form", {}, ...boxes.map((box) => h("label.choice", {}, box, visible(box.value))), h("div.custom", {}, field, h("button.primary", { type: "submit" }, "Send answer")));
     form.addEventListener("submit", (event) => (event.preventDefault(), send()));
     return [asked, form];
   }
@@ -237,11 +238,11 @@ export class QuestionCard {
     this.open = false;
     this.outcome = outcome;
     const focused = this.element.contains(document.activeElement);
-    const what = this.asks ? this.data.question : this.data.tool;
+    const what = visible(this.asks ? this.data.question : this.data.tool);
     const said = [
-      (OUTCOMES[outcome] ?? outcome) + (answer ? `: ${[answer].flat().join(", ")}` : ""),
+      (OUTCOMES[outcome] ?? outcome) + (answer ? `: ${visible([answer].flat().join(", "))}` : ""),
       SPANS[remember],
-      BY_PEOPLE.has(outcome) && by && by !== "user" ? `by ${by}` : null,
+      BY_PEOPLE.has(outcome) && by && by !== "user" ? `by ${visible(by)}` : null,
     ];
     this.element.className = `card question closed ${outcome in OUTCOMES ? outcome : ""}`;
     this.element.replaceChildren(

@@ -14,6 +14,25 @@ export function h(name, props = {}, ...children) {
   return element;
 }
 
+/**
+ * What a person would not see, or would see in another place than it is: controls, marks of
+ * direction, characters without a shape. The joiners of an emoji are part of a picture.
+ */
+const JOINER = "(?<=[\\p{Extended_Pictographic}\\p{Emoji_Modifier}\\ufe0f])\\u200d(?=\\p{Extended_Pictographic})|(?<=\\p{Emoji})\\ufe0f";
+const BLANK = "\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u2800\\u3164\\uffa0\\ufe00-\\ufe0f\\u{e0100}-\\u{e01ef}";
+const UNSEEN = new RegExp(`(?!${JOINER})(?![\\n\\t])[\\p{C}\\p{Zl}\\p{Zp}${BLANK}]`, "gu");
+/** Empty space that pushes what comes after it out of sight. */
+const EMPTY_LINES = /(?:[^\S\n]*\n){4,}/gu;
+const BLANKS = /[^\S\n]{20,}/gu;
+
+/** *text* with everything in it visible, for what a person decides about. */
+export function visible(text) {
+  return String(text)
+    .replace(UNSEEN, (found) => `⟨U+${found.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`)
+    .replace(EMPTY_LINES, (found) => `\n⟨${found.split("\n").length - 1} line breaks⟩\n`)
+    .replace(BLANKS, (found) => ` ⟨${found.length} blanks⟩ `);
+}
+
 const ICONS = {
   send: "M12 19V5M5 12l7-7 7 7",
   stop: "M7 7h10v10H7z",

@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { Composer } from "./composer.js";
 import { Conversation } from "./conversation.js";
-import { h, icon, randomId } from "./dom.js";
+import { h, icon, randomId, visible } from "./dom.js";
 import { loginIs, signIn } from "./login.js";
 import { Sidebar } from "./sidebar.js";
 
@@ -81,7 +81,7 @@ function gone() {
 }
 
 function named() {
-  const title = sidebar.title(conversation.sid) || conversation.title || "New chat";
+  const title = visible(sidebar.title(conversation.sid) || conversation.title || "New chat");
   $("title").textContent = title;
   document.title = `${conversation.openQuestion ? "● " : ""}${title}`;
 }

@@ -1,7 +1,7 @@
 // The list of chats: open, name, delete.
 
 import * as api from "./api.js";
-import { announce, h, iconButton } from "./dom.js";
+import { announce, h, iconButton, visible } from "./dom.js";
 
 export class Sidebar {
   #chats = [];
@@ -74,7 +74,7 @@ export class Sidebar {
 
   #row(chat) {
     const { session_id: sid } = chat;
-    const name = chat.title || "New chat";
+    const name = visible(chat.title || "New chat");
     const open = h(
       "button.chat",
       { type: "button", title: name, "data-at": sid, "aria-current": sid === this.#open ? "page" : null, onclick: () => this.on.open(sid) },

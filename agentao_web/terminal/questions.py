@@ -34,7 +34,7 @@ def _approval(question: ToolConfirmation, read: Read) -> Answer:
     told = f"{visible(question.tool)} {arguments(question.args)}"
     click.secho(f"? {told}", bold=True, err=True)
     if question.truncated:
-        click.echo("  (too long to be shown whole)", err=True)
+        click.echo("  (not all of it can be shown; what is missing would run too)", err=True)
     if question.description:
         # The rest is for the model.
         click.echo(f"  {line(question.description.partition('. ')[0], 100)}", err=True)

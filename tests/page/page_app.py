@@ -95,6 +95,7 @@ SCRIPTS: dict[str, t.Callable[[str], list[Step]]] = {
         say("there"),
     ],
     "hostile": lambda gate: scripts.hostile(hold(gate)),
+    "unseen": lambda gate: scripts.unseen(hold(gate)),
     "launch": lambda gate: scripts.launch(hold(gate)),
     "flood": lambda gate: [
         emit("tool_start", tool="t", call_id="c", args={}),

@@ -115,6 +115,26 @@ Shall I note both as open?
 """
 
 
+#: What shows as something else than it is: a direction turned, nothing at all, far below.
+UNSEEN = "pay\u202eetov\u200b" + "\n" * 60 + "rm -rf"
+
+
+def unseen(hold: Step) -> list[Step]:
+    """Questions that hide a part of themselves."""
+    return [
+        ask_user(UNSEEN, "yes\u2066", header="a\u202eb"),
+        ask(
+            "pay\u202e",
+            **{
+                "to\u2066": UNSEEN,
+                "far": "x" + " " * 200 + "y",
+                "family": "\U0001f469\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f 日本",
+            },
+        ),
+        say("done"),
+    ]
+
+
 def launch(hold: Step) -> list[Step]:
     """A turn worth a picture."""
     call = {"tool": "read_file", "call_id": "call-1"}

@@ -99,6 +99,39 @@ def test_ids_and_errors_of_others_are_only_text(browse: Opened, server: Server, 
     tab.gate(fresh)
 
 
+def test_a_question_hides_nothing_of_itself(tab: Tab, fresh: str) -> None:
+    tab.say(f"unseen {fresh}")
+    turn = tab.turn()
+    card = turn.locator(".card.question").first
+    expect(card.locator("strong")).to_have_text("a⟨U+202E⟩b")
+    shown = "pay⟨U+202E⟩etov⟨U+200B⟩ ⟨60 line breaks⟩ rm -rf"
+    expect(card.locator(".asked")).to_have_text(shown)
+    expect(tab.page.locator("#waiting-for")).to_have_text("a⟨U+202E⟩b")
+    tab.button("yes⟨U+2066⟩").click()
+    expect(turn.locator(".card.question")).to_have_count(2)
+    card = turn.locator(".card.question").nth(1)
+    expect(card.locator("strong")).to_have_text("May it run pay⟨U+202E⟩?")
+    expect(card.locator("pre.args").first).to_have_text(shown)
+    expect(card.locator(".label").first).to_have_text("to⟨U+2066⟩")
+    expect(card.locator("dd", has_text="blanks")).to_have_text("x ⟨200 blanks⟩ y")
+    family = "\U0001f469\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f 日本"
+    expect(card.locator("dd", has_text="日本")).to_have_text(family)
+    # All of it is in sight, without scrolling inside of it.
+    fits = card.locator("pre.args").first.evaluate("e => e.scrollHeight <= e.clientHeight")
+    assert fits
+    tab.button("Allow once").click()
+    expect(turn.locator(".prose")).to_contain_text("done")
+    words = turn.locator(".outcome").all_text_contents()
+    assert not any("\u2066" in text or "\u202e" in text for text in words)
+
+
+def test_a_title_that_turns_its_direction_says_so(tab: Tab) -> None:
+    tab.say("evil\u202etxt.exe")
+    expect(tab.turn().locator(".progress")).to_be_hidden()
+    expect(tab.chats.first).to_contain_text("evil⟨U+202E⟩txt.exe")
+    expect(tab.page.locator("#title")).to_have_text("evil⟨U+202E⟩txt.exe")
+
+
 def test_the_policy_itself_stops_what_gets_past_everything_else(tab: Tab) -> None:
     """A hole in the sanitizer alone would not be enough."""
     tab.allowed += ["Content Security Policy", "Trusted", "violates"]
