@@ -242,6 +242,7 @@ def _guarded(entry: openapi.Route) -> View:
         largest = _BODIES.get(entry.request or "", requests.ROOM)
         _limit_body(min(largest, parts.settings.max_body))
         if (sock := _socket()) is not None:
+            after_this_request(functools.partial(_give_back, sock, sock.gettimeout()))
             sock.settimeout(parts.settings.send_timeout)
         if entry.public or entry.scheme == "metrics":
             return entry.view(parts, **arguments)
@@ -256,6 +257,18 @@ def _guarded(entry: openapi.Route) -> View:
         return entry.view(parts, key)
 
     return view
+
+
+def _give_back(sock: socket.socket, timeout: float | None, response: Response) -> Response:
+    """The server waits for the next request as it did for this one: under gevent ours would end
+    an idle connection with a traceback."""
+
+    def restore() -> None:
+        with contextlib.suppress(OSError):  # It may be closed by now.
+            sock.settimeout(timeout)
+
+    response.call_on_close(restore)
+    return response
 
 
 def _limit_body(most: int) -> None:
