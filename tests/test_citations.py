@@ -15,7 +15,7 @@ from tests.live.harness import PROJECT
 #: What is ours to read: not what was taken over from others, and not what is made by working here.
 FOLDERS = ("agentao_web", "bench", "deploy", "docs", "examples", "tests")
 KINDS = {".py", ".md", ".toml", ".js", ".css", ".html", ".conf", ".yaml", ".service", ".env", ""}
-TAKEN_OVER = {"vendor", "__pycache__", "axe.min.js", "recorded.json"}
+TAKEN_OVER = {"vendor", "node_modules", "__pycache__", "axe.min.js", "recorded.json"}
 
 FILES = sorted(
     path

@@ -134,10 +134,9 @@ class TooManySessions(WebError):
 
 
 class TooManyStreams(WebError):
-    """You have too many open streams and waiting requests; close one, or poll instead."""
-
     status = 429
     code = "too_many_streams"
+    message = "You have too many open streams and waiting requests; close one, or poll instead."
     retry_after = 2
 
 
@@ -175,17 +174,15 @@ class StoreUnavailable(WebError):
 
 
 class WrongSchema(WebError, RuntimeError):
-    """The database was written by another version of agentao-web."""
-
     status = 503
     code = "wrong_schema"
+    message = "The database was written by another version of agentao-web."
 
 
 class NoModel(WebError):
-    """No model is set up on this server, so it cannot answer; its log says what is missing."""
-
     status = 503
     code = "no_model"
+    message = "No model is set up on this server, so it cannot answer; its log says what is missing."
 
 
 class ClaimLost(Exception):
