@@ -642,6 +642,13 @@ CASES: dict[str, Case] = {
             *HI, part(LIST, ONE, index=0, id="c1"), part(LIST, TWO[:-1], index=1, id="c2"), end=b""
         ),
         text="hello",
+        finish=None,
+        ending=CUT,
+    ),
+    "the end after a call": Case(
+        "CommandCodeAI/command-code#785",
+        sse(*HI, CALL, end=b""),
+        text="hello",
         calls=((LIST, ONE),),
         finish=None,
         ending=CUT,

@@ -96,7 +96,7 @@ class ToolCall:
         self.function.name = whole([self.function.name]) or "unknown"
         self.function.arguments = whole(self._pieces)
         if self.id in taken:
-            numbered = (f"{self.id}_{number}" for number in itertools.count(2))
+            numbered = (f"{self.id}_{number}" for number in itertools.count(len(taken) + 1))
             self.id = next(id for id in numbered if id not in taken)
 
 
@@ -107,6 +107,8 @@ class ToolCalls:
     def __init__(self, room: cabc.Callable[[str], str]) -> None:
         self._room = room
         self._calls: list[ToolCall] = []
+        self._by_id: dict[str, list[ToolCall]] = {}
+        self._by_index: dict[str, ToolCall] = {}
 
     def take(self, pieces: t.Any) -> None:
         """The ``tool_calls`` of one delta."""
@@ -124,27 +126,31 @@ class ToolCalls:
         if call is None:
             call = ToolCall(self._room)
             self._calls.append(call)
-        call.id = call.id or id
+        if id and not call.id:
+            call.id = id
+            self._by_id.setdefault(id, []).append(call)
         call.index = call.index or index
+        self._by_index[call.index] = call
         return call
 
     def _find(self, id: str, index: str, piece: dict[str, t.Any]) -> ToolCall | None:
-        latest = self._calls[::-1]
-        if id:
-            for call in latest:
-                if call.id == id and (call.index == index or not index or not call.index):
-                    return call
-        last = next((call for call in latest if not index or call.index == index), None)
+        for call in self._by_id.get(id, ()):
+            if call.index == index or not index or not call.index:
+                return call
+        if index:
+            last = self._by_index.get(index)
+        else:
+            last = self._calls[-1] if self._calls else None
         if last is None or (id and last.id):
             return None
         return None if last.complete and _begins_another(piece, last) else last
 
     def finish(self, *, cut_off: bool) -> list[ToolCall]:
-        """The calls to run. Of an answer that was *cut off*, only those that are complete: a part
-        of the arguments may be valid, too, and mean something else."""
+        """The calls to run. Of an answer that was *cut off* all or none: a part of some arguments
+        may be valid, too, and mean something else."""
         kept = [call for call in self._calls if not call.empty]
-        if cut_off:
-            kept = [call for call in kept if call.complete]
+        if cut_off and not all(call.complete for call in kept):
+            return []
         taken: set[str] = set()
         for call in kept:
             call.close(taken)
