@@ -32,10 +32,12 @@ def check(
 
     Each costs its imports only where the settings ask for it.
     """
-    if "sandbox" in shells and not own_agents:
+    if not own_agents and not {"sandbox", "unconfined"}.isdisjoint(shells):
         from agentao_web.agents import sandbox
 
-        sandbox.check(options.root)
+        sandbox.needs_linux()
+        if "sandbox" in shells:
+            sandbox.check(options.root)
     if options.mcp is not None:
         from agentao_web.agents.mcp import read_servers
 

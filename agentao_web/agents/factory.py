@@ -156,8 +156,6 @@ class AgentaoAgents:
             self._servers = _servers(options.mcp, environ, options.tool_timeout, log)
         if options.skills is not None:
             self._skills = read_skills(options.skills)
-        if factory is None and "unconfined" in shells:
-            sandbox.needs_linux()
         if factory is None and "sandbox" in shells:
             sandbox.check(options.root)
         if factory is None and not options.demo:

@@ -360,7 +360,7 @@ SCHEMAS: t.Final[dict[str, Schema]] = {
         ok={"const": False},
         code=_STRING,
         message=_STRING,
-        details={"type": "object"},
+        details=_ANY_OBJECT,
     ),
     "Cancelled": _object("ok cancelled", ok=_BOOLEAN, cancelled=_INTEGER),
     "Deleted": _object("ok", ok=_BOOLEAN, pending=_BOOLEAN),

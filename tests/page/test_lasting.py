@@ -308,13 +308,16 @@ def test_through_nginx_and_several_workers_it_streams(
         assert not any("wait=25" in url for url in asked)
 
 
+@pytest.mark.parametrize(("most", "refusal"), [("3", "503"), ("2", "429")])
 def test_with_no_place_for_a_stream_it_polls_without_waiting(
-    browse: Opened, tmp_path: Path, fresh: str
+    browse: Opened, tmp_path: Path, fresh: str, most: str, refusal: str
 ) -> None:
-    with Server(tmp_path, "--threads", "4", app=APP) as server:
+    """Neither of the worker, nor in what the user may have of them."""
+    shares = {"AGENTAO_MAX_STREAMS_PER_USER": most, "AGENTAO_MAX_STREAMS_PER_TENANT": "3"}
+    with Server(tmp_path, "--threads", "4", app=APP, **shares) as server:
         tab = browse(at=server).open()
-        tab.allowed.append("503")
-        others = [server.follow("other", "?follow=1") for _ in range(3)]
+        tab.allowed.append(refusal)
+        others = [server.follow("other", "?follow=1") for _ in range(int(most))]
         server.ask("other", "hello")
         for other in others:
             other.__enter__()
