@@ -28,7 +28,9 @@ def first_use(folder: Path, *flags: str, system: str = "") -> dict[str, t.Any]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "system"), [(("-OO",), ""), ((), "darwin"), ((), "")], ids=["OO", "macOS", "as it is"]
+    ("flags", "system"),
+    [(("-OO",), ""), ((), "darwin"), pytest.param((), "", marks=pytest.mark.long)],
+    ids=["OO", "macOS", "as it is"],
 )
 def test_the_demo_answers_asks_and_writes(
     tmp_path: Path, flags: tuple[str, ...], system: str

@@ -76,7 +76,13 @@ def held(server: Server) -> cabc.Iterator[None]:
 
 @pytest.mark.parametrize(
     ("away", "used"),
-    [(full_disk, True), (full_disk, False), (held, True), (held, False), (moved_away, True)],
+    [
+        (full_disk, True),
+        (held, True),
+        (moved_away, True),
+        pytest.param(full_disk, False, marks=pytest.mark.long),
+        pytest.param(held, False, marks=pytest.mark.long),
+    ],
 )
 def test_a_database_that_cannot_be_written(tmp_path: Path, away: Away, used: bool) -> None:
     SqlStore(tmp_path / "root" / "agentao-web.db").check()
@@ -153,7 +159,9 @@ def closed(server: PostgresServer, url: str) -> cabc.Iterator[None]:
 
 
 @pytest.mark.parametrize("away", [stopped, frozen, closed])
-@pytest.mark.parametrize("used", [True, False], ids=["used", "fresh"])
+@pytest.mark.parametrize(
+    "used", [True, pytest.param(False, marks=pytest.mark.long)], ids=["used", "fresh"]
+)
 def test_a_postgresql_that_goes_away(
     tmp_path: Path,
     postgres_server: PostgresServer,

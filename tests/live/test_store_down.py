@@ -81,7 +81,9 @@ def messages(lines: cabc.Iterator[str]) -> cabc.Iterator[dict[str, str]]:
     assert not fields, f"cut off within a message: {fields}"
 
 
-@pytest.mark.parametrize("end", ["cancel", "release", "nothing"])
+@pytest.mark.parametrize(
+    "end", [pytest.param(end, marks=[] if end == "nothing" else pytest.mark.long) for end in LEASES]
+)
 def test_a_turn_that_cannot_be_stored_is_told_and_closed_when_the_store_is_back(
     tmp_path: Path, model: ModelServer, database: Database, end: str
 ) -> None:

@@ -46,6 +46,7 @@ def reply(client: Client, question: dict[str, t.Any], sid: str = "s", **said: t.
     return client.request("POST", f"/chat/{sid}/answer", json=body)
 
 
+@pytest.mark.long
 def test_any_worker_takes_the_answer(tmp_path: Path, model: ModelServer) -> None:
     """Each request is a new connection: with 12 of them both workers have their part."""
     with Server(tmp_path, "--workers", "2", **model_env(model)) as server:

@@ -109,6 +109,7 @@ def test_a_long_conversation_with_any_workers_is_never_forgotten(
         assert len([e for e in events if e["type"] == "done"]) == turns
 
 
+@pytest.mark.long
 def test_everything_works_at_any_worker(tmp_path: Path, model: ModelServer) -> None:
     with Server(tmp_path, "--workers", "4", **model_env(model)) as server:
         client = Client(server)
@@ -202,7 +203,7 @@ def desk_at_every_worker(server: Server, workers: int) -> cabc.Iterator[list[Des
             desk.close()
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_what_one_worker_runs_each_may_read_stop_follow_and_answer(
     tmp_path: Path, model: ModelServer, workers: int
 ) -> None:
