@@ -150,7 +150,8 @@ def test_gevent_tells_many_readers_the_end(tmp_path: Path, model: ModelServer) -
                     return
 
     begun = threading.Semaphore(0)
-    with Server(tmp_path, "-k", "gevent", conf=OURS, **model_env(model)) as server:
+    env = model_env(model, AGENTAO_MAX_STREAMS_PER_USER="90")
+    with Server(tmp_path, "-k", "gevent", conf=OURS, **env) as server:
         server.post("s", "hang")
         threads = [threading.Thread(target=read) for _ in range(90)]
         for thread in threads:
