@@ -106,6 +106,7 @@ class Audience(t.Protocol):
     turn: LiveTurn | None
     cursor: int | None
     saw_idle: bool
+    found_nothing: int | None
 
     @property
     def over(self) -> bool: ...
@@ -149,6 +150,8 @@ class Live:
         """The first of them: it is shown when it is in the store, and so is what follows."""
         self._readers: dict[Audience, threading.Condition] = {}
         """Who reads, and the bell that wakes each of them alone: there may be a thousand."""
+        self.rings = 0
+        """How often readers were told that something is new."""
         self._looks: set[threading.Event] = set()
 
     # -- the pool's side -----------------------------------------------------------------------
@@ -427,6 +430,7 @@ class Live:
             self._unseal(self.head)
             self._log = EventLog(max_bytes=self._log_bytes, head=self._stored)
             self._remote_head = self._stored
+            self._ring()
 
     def end(
         self, live: LiveTurn, outcome: Outcome, final: Event, *, others: bool = False
@@ -653,6 +657,11 @@ class Live:
                 self._readers[reader].wait(left)
 
     def _news(self, reader: Audience) -> bool:
+        if reader.found_nothing == self.rings:
+            # It may have read in the store what is not known here yet, and be ahead of us: it
+            # waits until we are told, as its looking again and again would keep a greenlet from
+            # telling us.
+            return False
         cursor, head = reader.cursor, self.shown
         if self.closed or cursor is None or cursor < head or is_ahead(cursor, head):
             return True
@@ -690,5 +699,6 @@ class Live:
         return event
 
     def _ring(self) -> None:
+        self.rings += 1
         for bell in self._readers.values():
             bell.notify()

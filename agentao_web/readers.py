@@ -74,6 +74,8 @@ class Reader:
         """The turn's last event, if it had ended before and is not one of ours."""
         self.saw_idle = True
         """The session was idle when it was last asked for that."""
+        self.found_nothing: int | None = None
+        """The session's ``rings`` just before the last look, if there was nothing to read then."""
         self._asked: set[str] = set()
         """Questions of another worker's turn that were shown and not yet closed."""
         self._store = store
@@ -190,7 +192,7 @@ class Reader:
         self.live.wait(self, until)
 
     def _advance(self, limit: int, max_bytes: int) -> list[Event]:
-        cursor = self.cursor
+        cursor, rings = self.cursor, self.live.rings
         part = None
         if cursor is not None:
             part = self.live.take(cursor, limit=limit, max_bytes=max_bytes)
@@ -202,6 +204,7 @@ class Reader:
                 self.told = self.turn is None
                 part = Slice([], self.live.head)
         self.cursor = part.cursor
+        self.found_nothing = None if part.events else rings
         return part.events
 
     def _hung_up(self) -> bool:

@@ -86,6 +86,17 @@ for path in ("/agent/healthz", "/agent/openapi.json", "/agent/", "/agent/page/co
     assert run(tmp_path, asking)[0] == set()
 
 
+def test_the_client_imports_nothing_of_the_server(tmp_path: Path) -> None:
+    code = """
+import sys
+import agentao_web.client
+print({"flask", "gunicorn", "werkzeug"} & {name.split(".")[0] for name in sys.modules})
+"""
+    imported, output = run(tmp_path, code)
+    assert imported == {"httpx"}
+    assert output == "set()\n"
+
+
 @pytest.mark.parametrize(
     ("code", "args", "says"),
     [

@@ -206,6 +206,40 @@ def test_a_new_reader_elsewhere_does_not_wait_for_a_slow_look(crew: Crew) -> Non
     final(one, started)
 
 
+def test_a_reader_ahead_of_what_its_worker_knows_waits_for_news(crew: Crew) -> None:
+    """It has read in the store what its worker has not been told yet."""
+    one, two = crew(one_is_long, say_ok)
+    two.run("before")
+    one.run("between")
+    two.pool.find(two.key())
+    first = one.start("one")
+    looks, told = [], threading.Event()
+    heads, events = two.store.heads, two.store.events
+
+    def late(keys: t.Any) -> t.Any:
+        assert told.wait(PATIENCE)
+        return heads(keys)
+
+    def counted(*args: t.Any, **options: t.Any) -> t.Any:
+        looks.append(events(*args, **options))
+        return looks[-1]
+
+    two.store.heads, two.store.events = late, counted
+    second = two.start("two", on_busy="queue")
+    until = two.pool.clock() + PATIENCE
+    while not any(e.data.get("chunk") == "working" for e in one.log()):
+        assert two.pool.clock() < until, "the turn is not in the store"
+    reader = Reader(second.live, two.store, second.cursor, turn=second.turn)
+    try:
+        assert ending(reader, wait=0.5) is None
+        assert 0 < len(looks) < 10, "it looks, and then waits"
+    finally:
+        told.set()
+    one.pool.cancel(one.key())
+    assert final(one, first).data["reason"] == "cancelled_by_user"
+    assert final(two, second).data["reason"] == "cancelled_by_user"
+
+
 def test_cancel_works_from_any_worker(crew: Crew) -> None:
     one, two = crew(until_stopped, say_ok)
     started = one.start()

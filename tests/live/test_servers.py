@@ -9,6 +9,7 @@ import threading
 import typing as t
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from tests.live.harness import PATIENCE
@@ -99,6 +100,42 @@ def test_gevent_serves(tmp_path: Path, model: ModelServer, nothing: str, ours: b
         assert not said(server, "one request at a time")
 
 
+def test_gevent_serves_while_it_waits_for_postgresql(
+    tmp_path: Path, model: ModelServer, nothing: str, postgres_url: str
+) -> None:
+    """What one request waits for in the database stops no other of its worker."""
+    env = model_env(model, AGENTAO_DATABASE_URL=postgres_url, AGENTAO_DISCONNECT_GRACE="0.3")
+    page: dict[str, t.Any] = {}
+
+    def ask() -> None:
+        page.update(server.client.get("/sessions").json())
+
+    with (
+        psycopg.connect(postgres_url) as other,
+        Server(tmp_path, "-k", "gevent", conf=OURS, **env) as server,
+    ):
+        works(server, model)
+        notices_who_left(server, model)
+        other.execute("LOCK TABLE agentao_sessions IN ACCESS EXCLUSIVE MODE")
+        thread = threading.Thread(target=ask)
+        thread.start()
+        try:
+            eventually(lambda: waiting(other) > 0, "nobody waits for the database")
+            assert server.client.get("/healthz").status_code == 200
+            assert thread.is_alive() and not page, "that was answered meanwhile"
+        finally:
+            other.rollback()
+            thread.join(PATIENCE)
+        assert page["sessions"]
+        assert not said(server, "Traceback")
+
+
+def waiting(connection: psycopg.Connection[t.Any]) -> int:
+    """How many statements wait for a lock."""
+    found = connection.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()
+    return t.cast(int, found[0] if found else 0)
+
+
 def test_gevent_tells_many_readers_the_end(tmp_path: Path, model: ModelServer) -> None:
     ends: list[str] = []
 
@@ -113,7 +150,8 @@ def test_gevent_tells_many_readers_the_end(tmp_path: Path, model: ModelServer) -
                     return
 
     begun = threading.Semaphore(0)
-    with Server(tmp_path, "-k", "gevent", conf=OURS, **model_env(model)) as server:
+    env = model_env(model, AGENTAO_MAX_STREAMS_PER_USER="90")
+    with Server(tmp_path, "-k", "gevent", conf=OURS, **env) as server:
         server.post("s", "hang")
         threads = [threading.Thread(target=read) for _ in range(90)]
         for thread in threads:

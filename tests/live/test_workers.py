@@ -110,8 +110,9 @@ def test_a_long_conversation_with_any_workers_is_never_forgotten(
 
 
 @pytest.mark.long
-def test_everything_works_at_any_worker(tmp_path: Path, model: ModelServer) -> None:
-    with Server(tmp_path, "--workers", "4", **model_env(model)) as server:
+@pytest.mark.parametrize("kind", ["gthread", "gevent"])
+def test_everything_works_at_any_worker(tmp_path: Path, model: ModelServer, kind: str) -> None:
+    with Server(tmp_path, "-k", kind, "--workers", "4", **model_env(model)) as server:
         client = Client(server)
         for n in range(12):
             started = client.begin(f"s{n}", "hang_after some words")

@@ -137,6 +137,8 @@ def test_of_two_tools_with_one_name_the_first_stays(
     assert "mcp_a_b_c is taken" in caplog.text
 
 
+# The oldest mcp that is allowed leaves two of its own streams to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Unclosed <MemoryObject:ResourceWarning")
 @pytest.mark.parametrize("transport", ["http", "sse"])
 def test_no_log_line_has_a_key_or_a_line_of_a_servers_own(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, transport: str
