@@ -409,6 +409,7 @@ SCHEMAS: t.Final[dict[str, Schema]] = {
         turn_id=_STRING,
         ts={"type": "number", "description": "Unix seconds"},
         content={"type": "string", "description": "Of user and assistant: the text"},
+        truncated={**_BOOLEAN, "description": "Of an old assistant's text that is cut off"},
         images={**_INTEGER, "description": "Of user: how many came with the message"},
         tool={"type": "string", "description": "Of tool, as are call_id, args and status"},
         call_id=_STRING,
