@@ -28,14 +28,16 @@ def check(
     own_agents: bool,
     environ: cabc.Mapping[str, str] = os.environ,
 ) -> None:
-    """RuntimeError, with the cure, for MCP servers, skills or a sandbox that cannot be used.
+    """RuntimeError, with the cure, for MCP servers, skills or a shell that cannot be used.
 
     Each costs its imports only where the settings ask for it.
     """
-    if "sandbox" in shells and not own_agents:
+    if not own_agents and {"sandbox", "unconfined"} & set(shells):
         from agentao_web.agents import sandbox
 
-        sandbox.check(options.root)
+        sandbox.needs_linux()
+        if "sandbox" in shells:
+            sandbox.check(options.root)
     if options.mcp is not None:
         from agentao_web.agents.mcp import read_servers
 

@@ -182,7 +182,9 @@ class WrongSchema(WebError, RuntimeError):
 class NoModel(WebError):
     status = 503
     code = "no_model"
-    message = "No model is set up on this server, so it cannot answer; its log says what is missing."
+    message = (
+        "No model is set up on this server, so it cannot answer; its log says what is missing."
+    )
 
 
 class ClaimLost(Exception):
