@@ -28,11 +28,11 @@ def check(
     own_agents: bool,
     environ: cabc.Mapping[str, str] = os.environ,
 ) -> None:
-    """RuntimeError, with the cure, for MCP servers, skills or a sandbox that cannot be used.
+    """RuntimeError, with the cure, for MCP servers, skills or a shell that cannot be used.
 
     Each costs its imports only where the settings ask for it.
     """
-    if not own_agents and not {"sandbox", "unconfined"}.isdisjoint(shells):
+    if not own_agents and {"sandbox", "unconfined"} & set(shells):
         from agentao_web.agents import sandbox
 
         sandbox.needs_linux()
