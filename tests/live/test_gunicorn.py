@@ -24,6 +24,10 @@ pytestmark = pytest.mark.live
 
 #: What holds with threads holds with greenlets.
 KINDS = pytest.mark.parametrize("kind", ["gthread", "gevent"])
+#: Both, where one of them takes its time and the other is much the same.
+SLOW_KINDS = pytest.mark.parametrize(
+    "kind", ["gthread", pytest.param("gevent", marks=pytest.mark.long)]
+)
 
 
 @pytest.fixture
@@ -138,7 +142,7 @@ def test_a_reader_that_leaves_ends_the_turn_and_the_models_request(
         assert server.ask("s", "say again")["reply"] == "again"
 
 
-@KINDS
+@SLOW_KINDS
 def test_a_reader_that_comes_back_in_time_reads_on(
     tmp_path: Path, model: ModelServer, kind: str
 ) -> None:
@@ -243,7 +247,7 @@ def test_a_quick_stop_still_tells_everyone(tmp_path: Path, number: int, kind: st
         assert diary(tmp_path).count("closed") == 1
 
 
-@KINDS
+@SLOW_KINDS
 def test_hup_replaces_the_worker_and_ends_its_streams(tmp_path: Path, kind: str) -> None:
     with scripted(tmp_path, "-k", kind) as server, server.stream("s", "hang") as stream:
         stream.until("turn_begin")
@@ -254,7 +258,7 @@ def test_hup_replaces_the_worker_and_ends_its_streams(tmp_path: Path, kind: str)
         assert server.ask("t", "hi")["reply"] == "hello"
 
 
-@KINDS
+@SLOW_KINDS
 def test_a_worker_whose_master_died_leaves(tmp_path: Path, kind: str) -> None:
     with scripted(tmp_path, "-k", kind) as server, server.stream("s", "hang") as stream:
         stream.until("turn_begin")
@@ -264,7 +268,7 @@ def test_a_worker_whose_master_died_leaves(tmp_path: Path, kind: str) -> None:
         eventually(lambda: not Path(f"/proc/{worker}").exists(), "the worker stays")
 
 
-@KINDS
+@SLOW_KINDS
 def test_half_of_the_threads_lost_brings_a_fresh_worker(tmp_path: Path, kind: str) -> None:
     with scripted(tmp_path, "-k", kind, TEST_MAX_TURNS="2") as server:
         old = server.workers()
