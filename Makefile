@@ -35,7 +35,7 @@ TOOLS := hypothesis jsonschema openapi-spec-validator opentelemetry-sdk playwrig
   pytest-xdist PyYAML requests waitress
 floors: $(FLOORS)/.test debian
 	$(FLOORS)/bin/python -m pytest -n 4 --dist worksteal -p no:anyio -m "not long" \
-	  tests/agents tests/client tests/core tests/store tests/test_views.py tests/test_auth.py \
+	  tests/agents tests/client/test_docs.py tests/client/test_chat.py tests/core tests/store tests/test_views.py tests/test_auth.py \
 	  tests/test_metrics.py tests/test_traces.py tests/test_real_agents.py tests/test_host_tools.py \
 	  tests/security/test_mcp.py tests/live/test_gunicorn.py tests/live/test_tools.py
 
