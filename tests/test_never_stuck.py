@@ -41,6 +41,7 @@ from agentao_web.testing import ScriptedAgent
 from agentao_web.testing import say
 from agentao_web.testing import scripted
 from tests import test_together as together
+from tests.live.harness import eventually
 from tests.pool_fakes import PATIENCE
 from tests.pool_fakes import Clock
 from tests.pool_fakes import FakeAgent
@@ -507,7 +508,8 @@ def test_a_mistake_at_the_very_end_costs_one_turn(stores: cabc.Callable[[], Stor
     try:
         assert p.run("one").extra["error"]["code"] == "internal_error"
         assert_well(p)
-        assert p.pool.counts()["slots"] == 0
+        # Closing what the store had left open takes a place for a moment, too.
+        eventually(lambda: p.pool.counts()["slots"] == 0, "a place is not given back")
     finally:
         p.pool.drain(grace=2)
 

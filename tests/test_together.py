@@ -54,7 +54,7 @@ class Handle:
         """The others go on with it."""
 
 
-@pytest.fixture(params=["memory", "sqlite", "postgresql"])
+@pytest.fixture(params=["memory", "sqlite", pytest.param("postgresql", marks=pytest.mark.long)])
 def stores(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> cabc.Iterator[cabc.Callable[[], Store]]:
