@@ -8,8 +8,7 @@ from __future__ import annotations
 import types
 import typing as t
 
-#: Larger numbers cannot be sent as JSON without loss, and are no number of tokens.
-_MOST: t.Final = 2**53
+from agentao_web.core import clean
 
 _Path = tuple[str, ...]
 
@@ -74,6 +73,4 @@ def _count(told: dict[str, t.Any], place: _Path) -> int | None:
     value: t.Any = told
     for name in place:
         value = value.get(name) if isinstance(value, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
-        return None
-    return value
+    return value if clean.is_tokens(value) else None
