@@ -180,7 +180,7 @@ def test_a_turn_started_as_json_does_not_need_a_reader(tmp_path: Path, model: Mo
 
 @KINDS
 def test_sigterm_ends_turns_streams_and_agents(tmp_path: Path, kind: str) -> None:
-    with scripted(tmp_path, "-k", kind, "--graceful-timeout", "3600") as server:
+    with scripted(tmp_path, "-k", kind) as server:
         ends: dict[str, list[dict[str, t.Any]]] = {}
         begun = threading.Semaphore(0)
 
@@ -212,7 +212,7 @@ def test_sigterm_ends_turns_streams_and_agents(tmp_path: Path, kind: str) -> Non
         server.signal(signal.SIGTERM)
         for thread in threads:
             thread.join(PATIENCE)
-        assert server.wait() == 0, "gone of its own accord"
+        assert server.wait() == 0, "gone within its graceful timeout"
         for sid in "abcd":
             assert ends[sid][-1]["data"]["reason"] == "server_shutdown"
         assert ends["d"][-1]["data"]["details"] == {"abandoned": True}
