@@ -259,7 +259,14 @@ def _refuse_other_sites(request: Request) -> None:
         # Behind a proxy that ends TLS the scheme may differ; the host does not.
         same = origin is not None and origin.partition("://")[2] == request.host
     if not same:
+        why = "send Origin, or Sec-Fetch-Site: same-origin"
+        if site is not None:
+            why = "its Sec-Fetch-Site says that it comes from another site"
+        elif origin is not None:
+            why = (
+                "its Origin is not the host that it was sent to "
+                "(behind a proxy, check that it passes Host on)"
+            )
         raise Forbidden(
-            "a request without a bearer token has to come from this site's own pages: "
-            "send Origin, or Sec-Fetch-Site: same-origin"
+            f"a request without a bearer token has to come from this site's own pages: {why}"
         )

@@ -341,7 +341,10 @@ def _check(name: str, limits: cabc.Mapping[str, t.Any], value: t.Any) -> None:
 
 
 def _number(value: t.Any) -> float:
-    number = float(value)
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError("must be a number of seconds") from None
     if isinstance(value, bool) or number != number or number in (float("inf"), float("-inf")):
         raise ValueError("must be a number of seconds")
     return number
@@ -350,7 +353,10 @@ def _number(value: t.Any) -> float:
 def _count(value: t.Any) -> int:
     if isinstance(value, bool) or isinstance(value, float):
         raise ValueError("must be a whole number")
-    return int(value)
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError("must be a whole number") from None
 
 
 def _maybe_number(value: t.Any) -> float | None:

@@ -57,7 +57,10 @@ class InvalidRequest(WebError):
 class Unauthorized(WebError):
     status = 401
     code = "unauthorized"
-    message = "A valid bearer token, or the application's own login, is needed."
+    message = (
+        "You are not logged in: this application's login is needed or, where it has none, "
+        "a valid bearer token."
+    )
 
 
 class Forbidden(WebError):
@@ -136,7 +139,10 @@ class TooManySessions(WebError):
 class TooManyStreams(WebError):
     status = 429
     code = "too_many_streams"
-    message = "You have too many open streams and waiting requests; close one, or poll instead."
+    message = (
+        "You have too many open streams and waiting requests. Close one, or ask for JSON "
+        "(Accept: application/json) and poll."
+    )
     retry_after = 2
 
 
@@ -155,7 +161,10 @@ class InternalError(WebError):
 class NoStreamSlot(WebError):
     status = 503
     code = "no_stream_slot"
-    message = "Every place for streams and waiting requests is taken; poll instead, or try again."
+    message = (
+        "Every place for streams and waiting requests is taken. Ask for JSON "
+        "(Accept: application/json) and poll, or try again."
+    )
     retry_after = 2
 
 

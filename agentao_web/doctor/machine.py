@@ -170,7 +170,8 @@ def _open_doors(case: Case) -> Findings:
         yield wrong(
             "settings",
             "no AGENTAO_SECRET_KEYS: nobody can be let in",
-            "set AGENTAO_SECRET_KEYS to a random text of 16 characters or more",
+            "set AGENTAO_SECRET_KEYS to a random text of 16 characters or more; for an app with a "
+            "login of its own run: flask --app … agentao doctor",
         )
     if s.root == Settings.from_mapping({}).root:
         yield hint(

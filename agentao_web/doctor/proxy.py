@@ -451,8 +451,8 @@ def _silence(visit: Visit) -> Findings:
         yield wrong(
             "timeout",
             f"no comment in {took:.0f} s of silence",
-            "nginx: `proxy_buffering off;` in the location of /chat/; or AGENTAO_HEARTBEAT is "
-            "longer there: give --patience",
+            "AGENTAO_HEARTBEAT is longer there: give a longer --patience; or nginx buffers: "
+            "`proxy_buffering off;` in the location of /chat/",
         )
     else:
         yield hint("timeout", "the server ended the stream itself: it drains", "try again")

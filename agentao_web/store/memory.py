@@ -223,7 +223,10 @@ class MemoryStore:
                 record = self._create(key, turn, now)
             self._may_come(record, turn, use)
             if record.running is not None:
-                raise SessionBusy("this session is already answering")
+                raise SessionBusy(
+                    "this session is already answering; cancel that turn, or send on_busy",
+                    turn_id=record.running.id,
+                )
             if turn.id in record.endings:
                 raise ClaimLost
             waiting = _waiting(record)

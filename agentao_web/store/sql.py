@@ -655,7 +655,10 @@ def _may_begin(db: sa.Connection, session: _Row, turn: TurnRow) -> tuple[bool, l
     SessionBusy, or ClaimLost if it must not begin any more.
     """
     if session.generation is not None:
-        raise SessionBusy("this session is already answering")
+        raise SessionBusy(
+            "this session is already answering; cancel that turn, or send on_busy",
+            turn_id=session.turn_id,
+        )
     rows = steps.waiting(db, session, turn.id)
     if any(row.id == turn.id and row.final is not None for row in rows):
         # It was queued, and ended for its worker.

@@ -55,7 +55,7 @@ def chat(
     """Talk to an agent, or have one MESSAGE answered.
 
     Without MESSAGE it is a conversation: Ctrl-C stops the running turn and, pressed again, leaves;
-    so does Ctrl-D. If the input is no terminal, all of it is the message.
+    so does Ctrl-D. If the input is not a terminal, all of it is the message.
 
     \b
     Examples:
@@ -141,9 +141,9 @@ def _message(given: str | None) -> str:
         message = sys.stdin.read() if given in (None, "-") else given
         (message or "").encode()
     except UnicodeError:
-        raise click.UsageError("the message is no UTF-8 text") from None
+        raise click.UsageError("the message is not valid UTF-8") from None
     if not message or not message.strip():
-        raise click.UsageError("there is no message")
+        raise click.UsageError("no message: give it as an argument or on standard input")
     return message
 
 

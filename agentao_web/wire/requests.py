@@ -208,7 +208,7 @@ def answer(body: bytes) -> tuple[str, Reply]:
     """The body of ``POST /chat/<sid>/answer``: which question, and what; the rest is refused."""
     fields = json_object(body)
     for name in fields.keys() - {"question_id", "approve", "answer", "remember"}:
-        raise InvalidRequest(f"{name} is no part of an answer", field=name)
+        raise InvalidRequest(f"{name} is not a field of an answer", field=name)
     question_id = _text(fields.get("question_id"), "question_id")
     if not 1 <= len(question_id) <= MAX_TITLE:
         raise InvalidRequest("question_id must be the id of a question", field="question_id")
@@ -323,7 +323,7 @@ def _image(image: t.Any, field: str, most: int) -> dict[str, str]:
     except (binascii.Error, ValueError):
         raise InvalidRequest(f"{field}.data is not base64", field=field) from None
     if not raw.startswith(_IMAGES[kind]) or kind == "image/webp" and raw[8:12] != b"WEBP":
-        raise InvalidRequest(f"{field}.data is no {kind}", field=field)
+        raise InvalidRequest(f"{field}.data is not {kind}", field=field)
     return {"mimeType": kind, "data": data}
 
 
