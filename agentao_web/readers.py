@@ -86,9 +86,14 @@ class Reader:
 
     def __enter__(self) -> Reader:
         self.live.attach(self)
-        self._entered()
-        if self._watcher is not None and self._sock is not None:
-            self._watcher.watch(self._sock, self._on_close)
+        try:
+            self._entered()
+            if self._watcher is not None and self._sock is not None:
+                self._watcher.watch(self._sock, self._on_close)
+        except BaseException:
+            # No descriptor or thread is to be had: nobody would ever detach it.
+            self.live.detach(self, left=False)
+            raise
         return self
 
     def __exit__(
@@ -140,8 +145,9 @@ class Reader:
         """
         if self.turn is None and self.live.farewell is not None:
             return self._tell(self.live.farewell)
-        unstored = self._unstored()
         events = self._advance(limit, max_bytes)
+        # Asked afterwards: an end that comes later rings again.
+        unstored = self._unstored()
         if self.turn_id is not None:
             events = [e for e in events if e.turn_id == self.turn_id or _is_gap(e)]
             if self.turn is None:
@@ -179,7 +185,9 @@ class Reader:
         """The turn's last event may be gone from the log: pruned, or read before this reader."""
         final = self.turn.final if self.turn is not None else self._ended
         if final is not None and self.cursor is not None:
-            self.told, self.final = self.cursor >= (final.seq or 0), final
+            # One that is in no log is shown as `_unstored` says, and not looked for here.
+            if final.seq is not None:
+                self.told, self.final = self.cursor >= final.seq, final
         elif self.turn is None and self.caught_up:
             self.told = True
 
@@ -345,15 +353,21 @@ class Watcher:
 
     def _started(self) -> _Epoll | _Readable:
         if self._eyes is None:
+            eyes: _Epoll | _Readable
             # Asked now, not at import: gevent takes epoll away.
             if self._selector is None and hasattr(select, "epoll"):
-                self._eyes = _Epoll()
+                eyes = _Epoll()
             else:
-                self._eyes = _Readable((self._selector or selectors.DefaultSelector)())
-            self._thread = threading.Thread(
-                target=self._run, args=(self._eyes,), name="agentao-watcher", daemon=True
+                eyes = _Readable((self._selector or selectors.DefaultSelector)())
+            thread = threading.Thread(
+                target=self._run, args=(eyes,), name="agentao-watcher", daemon=True
             )
-            self._thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                eyes.close()
+                raise
+            self._eyes, self._thread = eyes, thread
         return self._eyes
 
     def _run(self, eyes: _Epoll | _Readable) -> None:

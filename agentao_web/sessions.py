@@ -327,7 +327,10 @@ class SessionPool:
 
     def _is_on_its_way(self, live: Live, seq: int) -> bool:
         row = self.store.session(live.key)
-        return row is not None and row.head < seq and not is_ahead(seq, row.head)
+        # Only of a turn that runs can there be more than is stored.
+        if row is None or row.turn_id is None:
+            return False
+        return row.head < seq and not is_ahead(seq, row.head)
 
     def _check_alone(self, tenant: str) -> None:
         """An unconfined shell reads all there is on a server: it must be all of one tenant."""

@@ -15,16 +15,22 @@ from pathlib import Path
 
 import pytest
 
+from agentao_web.core.errors import ClaimLost
 from agentao_web.core.errors import StoreUnavailable
+from agentao_web.core.log import Draft
+from agentao_web.core.turn import Outcome
+from agentao_web.core.turn import State
 from agentao_web.live import Live
 from agentao_web.readers import Reader
 from agentao_web.readers import Watcher
 from agentao_web.readers import poll
 from agentao_web.readers import stream
 from agentao_web.wire import native
+from tests.live.harness import eventually
 from tests.pool_fakes import PATIENCE
 from tests.pool_fakes import Gate
 from tests.pool_fakes import Probe
+from tests.pool_fakes import read_until
 from tests.pool_fakes import until_stopped
 
 #: What a watcher may wait with: None is the best there is, the others are what other systems have.
@@ -330,6 +336,42 @@ def test_a_reader_of_a_turn_that_could_not_be_stored_gets_all_then_the_end(
         ("llm_text", False),
         ("error", True),
     ]
+
+
+def test_a_lost_turn_that_ends_while_the_store_is_asked_is_told(
+    probe: cabc.Callable[..., Probe],
+) -> None:
+    """Its log has been given up, so a reader asks the store, and the end comes meanwhile."""
+    gate = Gate()
+
+    def speak(agent: t.Any, request: t.Any, stage: t.Any) -> Outcome:
+        stage.publish(Draft("llm_text", {"chunk": "half"}))
+        gate.stand()
+        return Outcome(State.COMPLETED)
+
+    p = probe(speak)
+    started = p.start()
+    gate.meet()
+
+    def finish(*args: t.Any) -> t.NoReturn:
+        raise ClaimLost
+
+    p.store.finish = finish
+
+    class Meanwhile:
+        def events(self, *args: t.Any, **options: t.Any) -> t.Any:
+            gate.opened.set()
+            eventually(lambda: started.turn and started.turn.final, "it never ends")
+            return p.store.events(*args, **options)
+
+    reader = Reader(started.live, t.cast(t.Any, Meanwhile()), started.cursor, turn=started.turn)
+    with reader:
+        read_until(p.pool, started, "llm_text")
+        reader.cursor = started.live.head
+        started.live.disown()
+        told = [e for _ in range(3) for e in reader.read(limit=10, max_bytes=2**20)]
+    assert reader.told
+    assert [(e.type, e.seq) for e in told][-1:] == [("error", None)]
 
 
 def test_a_reader_that_knew_the_end_first_is_not_kept(

@@ -27,10 +27,12 @@ from agentao_web.extension import pool_of
 from agentao_web.store import Finish
 from agentao_web.store import TurnRow
 from tests.agents.scripted_llm import Ticking
+from tests.live.harness import eventually
 from tests.model_server import ModelServer
 from tests.model_server import call
 from tests.model_server import calls
 from tests.model_server import fail
+from tests.model_server import hang
 from tests.model_server import say
 from tests.patience import PATIENCE
 
@@ -141,6 +143,27 @@ def test_an_answer_and_its_usage(web: cabc.Callable[..., Web]) -> None:
     body = web().ask("say hello world")
     assert (body["status"], body["reply"]) == ("completed", "hello world")
     assert body["usage"]["completion_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "silent", [True, False], ids=["before the headers", "waiting to ask again"]
+)
+def test_a_stop_leaves_no_words_of_the_provider_in_the_history(
+    web: cabc.Callable[..., Web], silent: bool
+) -> None:
+    """However it was stopped: nothing the provider, or the reading of it, said is for the model."""
+    w = web()
+    secret = json.dumps({"error": {"message": "overloaded, key sk-secret"}})
+    w.model.script(hang() if silent else fail(500, secret))
+    w.post("go")
+    w.model.wait_for_request(1)
+    if not silent:
+        eventually(lambda: w.model.requests[0].finished, "it is not answered")
+    w.cancel()
+    assert w.idle()["data"]["status"] == "cancelled"
+    assert w.ask("say on")["reply"]
+    sent = json.dumps(w.model.requests[-1].body["messages"])
+    assert "sk-secret" not in sent and "LLM API error" not in sent
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 500, 503])

@@ -557,6 +557,9 @@ class AgentaoAgent:
         if reason == "llm_error":
             return self._failed(counts)
         if last.status != "ok":
+            if event := self._bridge.failed:
+                # It was stopped while it waited to ask again: the provider's words are not kept.
+                self._answer("".join(self._bridge.shown) if event.get("streamed") else _NO_ANSWER)
             # Cancelled from within, by nobody who asked us: the runner's reason wins if it has one.
             return Outcome(State.INCOMPLETE, "cancelled", **counts)
         if self._bridge.filtered:

@@ -112,6 +112,8 @@ class ToolCalls:
 
     def take(self, pieces: t.Any) -> None:
         """The ``tool_calls`` of one delta."""
+        if not isinstance(pieces, dict | list):
+            return
         for piece in [pieces] if isinstance(pieces, dict) else pieces:
             if isinstance(piece, dict):
                 self._call_of(piece).take(piece)
@@ -143,7 +145,8 @@ class ToolCalls:
             last = self._calls[-1] if self._calls else None
         if last is None or (id and last.id):
             return None
-        return None if last.complete and _begins_another(piece, last) else last
+        # In this order: whether it is complete costs as much as it is long.
+        return None if _begins_another(piece, last) and last.complete else last
 
     def finish(self, *, cut_off: bool) -> list[ToolCall]:
         """The calls to run. Of an answer that was *cut off* all or none: a part of some arguments

@@ -199,6 +199,10 @@ class Completions:
     ) -> None:
         try:
             _read_all(response, answer, stopped)
+        except NotAnAnswer:
+            # A stop cuts JSON off in the middle.
+            if not stopped():
+                raise
         except _BROKEN as exc:
             if answer.complete or stopped():
                 # The answer had ended, or nobody wants it any longer.

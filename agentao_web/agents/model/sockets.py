@@ -378,7 +378,12 @@ class Transport(httpx2.BaseTransport):
         except BaseException as exc:
             self._finish(call)
             if call.stopped and isinstance(exc, Exception) and request.method == "POST":
-                return httpx2.Response(200, headers={"content-type": "text/event-stream"})
+                # With a stream that nobody has read yet, as that of any answer.
+                return httpx2.Response(
+                    200,
+                    headers={"content-type": "text/event-stream"},
+                    stream=httpx2.ByteStream(b""),
+                )
             if isinstance(exc, _CORE_ERRORS):
                 raise _twin(exc) from exc
             raise
