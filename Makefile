@@ -19,7 +19,7 @@ example: $(VENV)/.example
 	  exec $(CURDIR)/$(BIN)/gunicorn -c python:agentao_web.workers --bind $(SHOP) 'shop:create_app()'
 
 test: check
-	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not long"
+	$(BIN)/python -m pytest -n 5 --dist worksteal -m "not long"
 
 check: $(VENV)/.test debian node
 	$(BIN)/ruff check .

@@ -89,6 +89,7 @@ def test_a_connection_that_never_answers_is_not_waited_for(server: Server, sid: 
         assert client._ways.stream, "once may be a bad moment"
 
 
+@pytest.mark.long
 def test_behind_a_proxy_that_holds_streams_back_it_polls(server: Server, sid: str) -> None:
     faults = [Fault("buffer")] * 500
     with Proxy(server.port, faults) as proxy, client_of(proxy.url, timeout=5) as client:

@@ -242,7 +242,7 @@ def test_a_message_that_is_no_text(server: Server, sid: str) -> None:
     done = subprocess.run(
         [*PROGRAM, *where(server, sid)], input=b"\xff\xfe", capture_output=True, env=environ()
     )
-    assert done.returncode == 2 and b"no UTF-8" in done.stderr
+    assert done.returncode == 2 and b"not valid UTF-8" in done.stderr
 
 
 def test_where_nobody_can_be_asked_no_is_the_answer(server: Server, sid: str) -> None:

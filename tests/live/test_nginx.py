@@ -372,6 +372,7 @@ def test_comments_keep_a_silent_stream_alive(tmp_path: Path, http2: bool) -> Non
             raise AssertionError("the stream ended early")
 
 
+@pytest.mark.long
 def test_a_silent_stream_without_comments_is_cut(tmp_path: Path) -> None:
     """So the test above can fail."""
     with (

@@ -346,6 +346,7 @@ def test_a_queued_turn_that_ends_is_told_whoever_holds_the_session(
         one_end_each(client, "s", [first, second, third])
 
 
+@pytest.mark.long
 def test_a_restart_forgets_nothing(tmp_path: Path, model: ModelServer) -> None:
     with Server(tmp_path, **model_env(model)) as server:
         client = Client(server)
@@ -379,6 +380,7 @@ def test_a_killed_workers_turn_is_told_and_the_next_one_works(
         assert "before" in told and "hang_after half" in told and "cut off" in told
 
 
+@pytest.mark.long
 def test_a_worker_that_slept_past_its_lease_cannot_write(
     tmp_path: Path, model: ModelServer
 ) -> None:
