@@ -14,6 +14,7 @@ from pathlib import Path
 
 from agentao.cancellation import CancellationToken
 
+from agentao_web.agents import early
 from agentao_web.agents import guards
 from agentao_web.agents import sandbox
 from agentao_web.agents import state
@@ -62,11 +63,9 @@ _SERVERS_SECONDS: t.Final = 5.0
 _Thing = t.TypeVar("_Thing")
 
 
-class Options(t.Protocol):
+class Options(early.Options, t.Protocol):
     """The settings this room reads (agentao_web.config.Settings)."""
 
-    @property
-    def root(self) -> Path: ...
     @property
     def workspace(self) -> str: ...
     @property
@@ -99,12 +98,6 @@ class Options(t.Protocol):
     def context_tokens(self) -> int: ...
     @property
     def turn_text(self) -> int: ...
-    @property
-    def tool_timeout(self) -> float: ...
-    @property
-    def mcp(self) -> Path | None: ...
-    @property
-    def skills(self) -> Path | None: ...
     @property
     def memory(self) -> bool: ...
 
